@@ -1,0 +1,195 @@
+r"""Output activations: the idea of this library on one page.
+
+A language model turns a hidden vector into logits ``z`` over the vocabulary. An output activation is a function
+``log_g`` that maps the logits elementwise to unnormalised log-scores; the distribution is
+
+.. math:: \log p = \log g(z) - \operatorname{logsumexp}(\log g(z)).
+
+Softmax is ``log_g(z) = z``: every vector of log-probabilities is then the logits plus a constant, so a matrix of them
+has rank ``hidden_size + 1`` at the most (Yang et al., ICLR 2018). Any activation that is nonlinear in log space breaks
+that cap with no extra parameters; sigsoftmax, ``log_g(z) = z + logsigmoid(z)``, is the one that Kanai et al. (NeurIPS
+2018) derived.
+
+A *specification* names an activation in a recipe, a checkpoint or a tracked run:
+
+- a registered name: ``"sigsoftmax"``;
+- the import path of a function or of an ``nn.Module`` class: ``"my_module.my_log_g"``;
+- ``{"class_path": "my_module.MyActivation", "init_args": {...}}`` for an ``nn.Module`` with arguments.
+
+A callable itself (a lambda, an ``nn.Module``) serves too. Everything else in the library is written once against
+``log_g`` and knows no activation by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = [
+    "Activation",
+    "ActivationSpec",
+    "activation_spec",
+    "available_activations",
+    "get_activation",
+    "register_activation",
+    "relu",
+    "sigmoid",
+    "sigsoftmax",
+    "softmax",
+]
+
+Activation = Callable[[Tensor], Tensor]
+ActivationSpec = str | dict[str, Any] | Activation
+
+_T = TypeVar("_T", bound=Activation)
+_REGISTRY: dict[str, Activation] = {}
+
+
+def register_activation(name: str) -> Callable[[_T], _T]:
+    """Register a function, or an ``nn.Module`` class without required arguments, as an output activation.
+
+    Once registered, the activation is launched, tested, compared and benchmarked by its name.
+
+    Args:
+        name: The name that recipes and the command line use.
+
+    Raises:
+        ValueError: The name is taken.
+
+    Example:
+        >>> from lit_sigsoftmax.activations import available_activations, register_activation
+        >>> available_activations()
+        ('relu', 'sigmoid', 'sigsoftmax', 'softmax')
+    """
+
+    def register(log_g: _T) -> _T:
+        if name in _REGISTRY:
+            raise ValueError(f"output activation {name!r} is already registered: choose another name")
+        _REGISTRY[name] = log_g
+        return log_g
+
+    return register
+
+
+@register_activation("softmax")
+def softmax(logits: Tensor) -> Tensor:
+    """``log g(z) = z``: the layer that every other one is compared with."""
+    return logits
+
+
+@register_activation("sigsoftmax")
+def sigsoftmax(logits: Tensor) -> Tensor:
+    """``log g(z) = z + log sigmoid(z)``, that is ``g(z) = exp(z) sigmoid(z)`` (Kanai et al. 2018, Definition 1)."""
+    return logits + F.logsigmoid(logits)
+
+
+@register_activation("sigmoid")
+def sigmoid(logits: Tensor) -> Tensor:
+    """A rival that is bounded above: ``log g(z) = log sigmoid(z)`` (ibid.)."""
+    return F.logsigmoid(logits)
+
+
+@register_activation("relu")
+def relu(logits: Tensor) -> Tensor:
+    """``log g(z) = log(max(z, 0) + 1e-8)``: a rival whose gradient ``1 / (z + 1e-8)`` is known to be unstable (ibid.).
+
+    The floor keeps every token possible, so unlike the other activations this one does not turn ``-inf`` into a mask.
+    """
+    return torch.log(F.relu(logits) + 1e-8)
+
+
+def available_activations() -> tuple[str, ...]:
+    """Return the registered names, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get_activation(spec: ActivationSpec) -> Activation:
+    """Turn a specification (see the module's docstring) into the callable ``log_g``.
+
+    Args:
+        spec: A registered name, an import path, ``{"class_path": ..., "init_args": {...}}`` or a callable.
+
+    Returns:
+        A callable, elementwise on logits of shape (..., vocab_size). An ``nn.Module`` may hold parameters.
+
+    Raises:
+        ValueError: The name is unknown, the import path does not resolve, or the specification has another form.
+        TypeError: What the path names is not callable, or its ``class_path`` is not an ``nn.Module`` class.
+
+    Example:
+        >>> import torch
+        >>> get_activation("sigsoftmax")(torch.tensor([0.0]))
+        tensor([-0.6931])
+    """
+    if isinstance(spec, str):
+        found = _REGISTRY.get(spec) or _import(spec)
+        return _build(found, {}, spec) if inspect.isclass(found) else found
+    if isinstance(spec, dict):
+        if "custom" in spec:
+            raise ValueError(
+                f"the output activation was a custom callable, {spec['custom']}, which a checkpoint cannot hold: "
+                "hand it over again, as in load_from_checkpoint(path, activation=...)"
+            )
+        if unknown := set(spec) - {"class_path", "init_args"} or "class_path" not in spec:
+            raise ValueError(
+                f"an activation given as a mapping has the keys 'class_path' and 'init_args', not {unknown}: {spec}"
+            )
+        return _build(_import(spec["class_path"]), spec.get("init_args") or {}, spec["class_path"])
+    if inspect.isclass(spec):
+        return _build(spec, {}, spec.__name__)
+    if callable(spec):
+        return spec
+    raise TypeError(f"an activation is a name, an import path, a mapping or a callable, not {type(spec).__name__}")
+
+
+def activation_spec(spec: ActivationSpec) -> str | dict[str, Any]:
+    """Return plain data from which :func:`get_activation` rebuilds the activation, for checkpoints and tracking.
+
+    A callable that no name or import path leads back to is recorded as ``{"custom": description}``;
+    :func:`get_activation` refuses that form, so that such a checkpoint never comes back as another activation.
+    """
+    if isinstance(spec, (str, dict)):
+        return spec
+    for name, log_g in _REGISTRY.items():
+        if spec is log_g:
+            return name
+    module, name = getattr(spec, "__module__", None), getattr(spec, "__qualname__", "")
+    if module not in (None, "__main__") and getattr(sys.modules.get(str(module)), name, None) is spec:
+        return f"{module}.{name}"
+    return {"custom": f"{module}.{name}" if name else type(spec).__qualname__}
+
+
+def _import(path: str) -> Activation:
+    module, _, name = path.rpartition(".")
+    if not module:
+        close = difflib.get_close_matches(path, _REGISTRY, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown output activation {path!r}.{hint} Known: {', '.join(available_activations())}; "
+            "or give an import path such as my_module.my_log_g"
+        )
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"output activation {path!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise TypeError(f"output activation {path!r} is a {type(found).__name__}, not a function or nn.Module class")
+    return found
+
+
+def _build(cls: Any, init_args: dict[str, Any], path: str) -> Activation:
+    # Only modules: a specification comes from files, and must not become a way to call anything importable.
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        raise TypeError(f"class_path {path!r} of an output activation is not an nn.Module class")
+    try:
+        return cls(**init_args)
+    except TypeError as error:
+        raise TypeError(f"output activation {path!r} with init_args {init_args}: {error}") from error

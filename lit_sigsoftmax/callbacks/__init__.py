@@ -1,0 +1,7 @@
+"""Lightning callbacks."""
+
+from lit_sigsoftmax.callbacks.checkpoint import RunCheckpoint
+from lit_sigsoftmax.callbacks.recorder import RunRecorder
+from lit_sigsoftmax.callbacks.throughput import Throughput
+
+__all__ = ["RunCheckpoint", "RunRecorder", "Throughput"]

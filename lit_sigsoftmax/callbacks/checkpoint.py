@@ -1,0 +1,58 @@
+"""Checkpoints of a run stand in a folder named after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_sigsoftmax.tracking import MLflowTracker
+
+__all__ = ["RunCheckpoint"]
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint by validation loss, and the last, in ``mlruns/checkpoints/<run_id>``.
+
+    Args:
+        dirpath: Another folder.
+        filename: Pattern of the best checkpoint's name.
+        monitor: The metric that decides which is best.
+        mode: Whether the metric is better when lower or higher.
+        save_last: Whether ``last.ckpt`` is kept too.
+        save_top_k: How many of the best are kept.
+        save_weights_only: Whether optimizer and loop states are left out; such a checkpoint cannot be continued.
+        every_n_epochs: Epochs between checkpoints.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str = "best-{step}",
+        monitor: str | None = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        save_last: bool = True,
+        save_top_k: int = 1,
+        save_weights_only: bool = False,
+        every_n_epochs: int | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            save_last=save_last,
+            save_top_k=save_top_k,
+            save_weights_only=save_weights_only,
+            every_n_epochs=every_n_epochs,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder, the same on all ranks."""
+        tracker = trainer.logger
+        if self.dirpath is None and isinstance(tracker, MLflowTracker):
+            folder = Path(tracker.save_dir, "checkpoints", str(tracker.run_id)).resolve()
+            self.dirpath = trainer.strategy.broadcast(str(folder))
+        super().setup(trainer, pl_module, stage)

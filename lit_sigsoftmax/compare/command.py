@@ -1,0 +1,111 @@
+"""``lit-sigsoftmax compare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lit_sigsoftmax.compare.plan import PlannedRun, parse_seeds, plan
+from lit_sigsoftmax.compare.run import check, train
+from lit_sigsoftmax.compare.table import collect, log_summary, rich_table
+from lit_sigsoftmax.tracking import default_tracking_uri, open_client, store_root
+from lit_sigsoftmax.views import comparison_url
+
+__all__ = ["compare"]
+
+
+def compare(args: Sequence[str]) -> None:
+    """Train every combination of output layer and seed of one recipe, and print and log the table.
+
+    Args:
+        args: The command line after ``compare``; what it does not know itself goes to every ``fit``.
+
+    Raises:
+        SystemExit: 2 for a mistake in the command line or the recipe, 1 where a run failed.
+    """
+    from lit_sigsoftmax.cli import resolve_recipes
+
+    parser = _parser()
+    options, recipe = parser.parse_known_args(args)
+    try:
+        runs = plan(options.activations, options.n_experts, parse_seeds(options.seeds))
+    except ValueError as error:
+        parser.error(str(error))
+    if options.tracking_uri:
+        os.environ["MLFLOW_TRACKING_URI"] = options.tracking_uri
+    study = options.study or datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    recipe = [*resolve_recipes(recipe), f"--trainer.logger.init_args.study={study}"]
+    if code := check([[*recipe, *run.arguments] for run in runs if run.seed == runs[0].seed]):
+        raise SystemExit(code)
+    failed = _train_all(runs, recipe, study)
+    _conclude(study)
+    if failed:
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lit-sigsoftmax compare",
+        description="Train every combination of output layer and seed of one recipe; print and log the table.",
+        epilog="Further arguments are those of lit-sigsoftmax fit, such as --config, --data.root or "
+        "--trainer.max_epochs, and hold for every run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--activations", nargs="+", default=["softmax", "sigsoftmax"], metavar="NAME")
+    parser.add_argument("--n_experts", nargs="+", type=int, default=[1], metavar="K")
+    parser.add_argument("--seeds", nargs="+", default=["0"], metavar="SEED", help="such as 0 1 2 or 0..4")
+    parser.add_argument("--study", help="name that ties the runs together (default: date and time)")
+    parser.add_argument("--tracking_uri", help=f"the MLflow store (default: {default_tracking_uri()})")
+    return parser
+
+
+def _train_all(runs: Sequence[PlannedRun], recipe: Sequence[str], study: str) -> int:
+    logs = store_root(default_tracking_uri()) / "logs" / study.replace(":", "-").replace("/", "-")
+    logs.mkdir(parents=True, exist_ok=True)
+    failed, columns = 0, (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        total = bars.add_task("runs", total=len(runs))
+        for run in runs:
+            bar, start = bars.add_task(run.name, total=None), time.perf_counter()
+            log = logs / f"{run.name}.log"
+            done = train(
+                [*recipe, *run.arguments],
+                log,
+                lambda step, steps, bar=bar: bars.update(bar, completed=step, total=steps),  # type: ignore[misc]
+            )
+            bars.remove_task(bar)
+            seconds = time.perf_counter() - start
+            bars.print(f"{run.name}: {'done' if done else f'FAILED, see {log}'} after {seconds:.0f} s")
+            if not done:
+                failed += 1
+                bars.print(_last_lines(log))
+            bars.advance(total)
+    return failed
+
+
+def _conclude(study: str) -> None:
+    uri = default_tracking_uri()
+    client = open_client(uri)
+    arms = collect(client, [e.experiment_id for e in client.search_experiments()], study)
+    if not arms:
+        print("no run has finished: there is nothing to compare", file=sys.stderr)
+        return
+    run = client.search_runs([e.experiment_id for e in client.search_experiments()], f"tags.study = '{study}'")[0]
+    log_summary(client, run.info.experiment_id, study, arms)
+    Console().print(rich_table(arms, f"study {study}"))
+    print(f"Compare: {comparison_url(uri, run.info.experiment_id)}")
+    if not uri.startswith("http"):
+        print("Serve it with: lit-sigsoftmax ui")
+
+
+def _last_lines(log: Path, n: int = 5) -> str:
+    lines = log.read_text(errors="replace").rstrip().splitlines() if log.exists() else []
+    return "\n".join(lines[-n:])

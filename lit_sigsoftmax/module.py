@@ -1,0 +1,225 @@
+"""LanguageModel: the LightningModule that joins a backbone and an output head, and that users subclass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+# The one private name used: it tells the constructor that the command line builds the model, from plain data.
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lit_sigsoftmax.activations import ActivationSpec
+from lit_sigsoftmax.functional import IGNORE_INDEX
+from lit_sigsoftmax.heads import OutputHead
+from lit_sigsoftmax.metrics import NegativeLogLikelihood
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel(LightningModule):
+    r"""A language model: tokens -> backbone -> hidden vectors -> output head -> nats per token.
+
+    Args:
+        backbone: Maps token ids (batch, time), and the carried state or None, to hidden vectors
+            (batch, time, hidden_size) and the next state; a module that carries no state may return the hidden
+            vectors alone. It has an attribute ``hidden_size``, and ``embedding`` where weights are tied.
+        vocab_size: Number of tokens; ``backbone.vocab_size`` where it is not given. The command line takes it from
+            the data.
+        activation: Output activation: a registered name (softmax, sigsoftmax, sigmoid, relu), an import path, or a
+            mapping of class_path and init_args. From Python also a callable.
+        n_experts: Number of mixed distributions; 1 is the plain layer, softmax with 15 is MoS, sigsoftmax with 15 is
+            MoSS.
+        tie_weights: Whether the output weight is the backbone's embedding weight.
+
+    Attributes:
+        head: The :class:`~lit_sigsoftmax.OutputHead`.
+
+    Raises:
+        ValueError: Vocabulary or hidden size is unknown, or tied weights do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        vocab_size: int | None = None,
+        activation: ActivationSpec = "softmax",
+        n_experts: int = 1,
+        tie_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        # Checkpoints hold plain data: a module built in Python is handed to load_from_checkpoint again.
+        self.save_hyperparameters(ignore=["backbone"] if _given_hyperparameters.get() is None else [])
+        self.backbone = backbone
+        self.head = OutputHead(*_sizes(backbone, vocab_size), activation, n_experts)
+        self.hparams["activation"] = self.head.activation_spec
+        if tie_weights:
+            self.head.weight = _embedding_weight(backbone, self.head.weight.shape)
+        self.nll = nn.ModuleDict({f"{stage}_nll": NegativeLogLikelihood() for stage in ("train", "val", "test")})
+        self._state: dict[str, Any] = {}
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Return the hidden vectors and the next state.
+
+        Args:
+            tokens: Token ids, int64, shape (batch, time).
+            state: What the last call returned, or None to start afresh.
+
+        Returns:
+            Hidden vectors (batch, time, hidden_size), and a state, None for a backbone that carries none.
+        """
+        out = self.backbone(tokens) if state is None else self.backbone(tokens, state)
+        return out if isinstance(out, tuple) else (out, None)
+
+    def log_prob(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Return the log-probabilities of the token that follows each position, and the next state.
+
+        Args:
+            tokens: Token ids, int64, shape (batch, time).
+            state: What the last call returned, or None to start afresh.
+
+        Returns:
+            Nats, shape (batch, time, vocab_size), and the state.
+        """
+        hidden, state = self(tokens, state)
+        return self.head.log_prob(hidden), state
+
+    def token_nll(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        """Return the negative log-likelihood of a segment that continues the last one of its stage.
+
+        Args:
+            batch: Input and target token ids, int64, shape (batch, time) each.
+            stage: ``"train"``, ``"val"`` or ``"test"``; each carries a state of its own.
+
+        Returns:
+            Nats, shape (batch, time), zero where the target is ignored.
+        """
+        tokens, target = batch
+        hidden, state = self(tokens, self._state.get(stage))
+        # Truncated back-propagation through time: the next segment sees the state, not its gradient.
+        self._state[stage] = apply_to_collection(state, Tensor, Tensor.detach)
+        return self.head.nll(hidden, target)
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        nll, count = self.token_nll(batch, stage), (batch[1] != IGNORE_INDEX).sum()
+        self._metric(stage).update(nll, count)
+        return nll.sum() / count
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of a segment in nats per token."""
+        loss = self._step(batch, "train")
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=batch[1].numel())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a segment to the validation sums."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a segment to the test sums."""
+        self._step(batch, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the log-probability of each target token, nats, shape (batch, time)."""
+        return -self.token_nll(batch, "predict")
+
+    def on_train_epoch_start(self) -> None:
+        """Start the training streams with fresh state and sums."""
+        self._begin("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the validation streams with fresh state and sums."""
+        self._begin("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start the test streams with fresh state and sums."""
+        self._begin("test")
+
+    def on_predict_epoch_start(self) -> None:
+        """Start the streams to score with fresh state."""
+        self._state.pop("predict", None)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the perplexity of the epoch, as it was while the weights changed."""
+        self.log("train/perplexity", self._metric("train").compute().exp())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log nats per token and perplexity."""
+        self._log_sums("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log nats per token and perplexity."""
+        self._log_sums("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW at 1e-3; a recipe's ``optimizer`` and ``lr_scheduler`` replace it."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what the output layer is, so that it cannot come back as another one."""
+        checkpoint["output_layer"] = self._output_layer()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another output layer.
+
+        Raises:
+            ValueError: Activation, experts or sizes differ from the checkpoint's.
+        """
+        own, theirs = self._output_layer(), checkpoint.get("output_layer", {})
+        different = [f"{key} {value!r}, here {own[key]!r}" for key, value in theirs.items() if own.get(key) != value]
+        if different:
+            raise ValueError(f"the checkpoint is of another output layer: {'; '.join(different)}")
+
+    def _output_layer(self) -> dict[str, Any]:
+        head = self.head
+        return {
+            "activation": head.activation_spec,
+            "n_experts": head.n_experts,
+            "vocab_size": head.vocab_size,
+            "hidden_size": head.hidden_size,
+        }
+
+    def _metric(self, stage: str) -> NegativeLogLikelihood:
+        metric = self.nll[f"{stage}_nll"]
+        assert isinstance(metric, NegativeLogLikelihood)
+        return metric
+
+    def _begin(self, stage: str) -> None:
+        self._state.pop(stage, None)
+        self._metric(stage).reset()
+
+    def _log_sums(self, stage: str) -> None:
+        loss = self._metric(stage).compute()
+        self.log(f"{stage}/loss", loss)
+        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
+
+
+def _sizes(backbone: nn.Module, vocab_size: int | None) -> tuple[int, int]:
+    name = type(backbone).__name__
+    hidden_size = getattr(backbone, "hidden_size", None)
+    if hidden_size is None:
+        raise ValueError(f"{name} needs an attribute hidden_size, the size of the hidden vectors that it returns")
+    if vocab_size is None:
+        vocab_size = getattr(backbone, "vocab_size", None)
+    if vocab_size is None:
+        raise ValueError(f"the vocabulary size is unknown: give vocab_size, or {name} an attribute vocab_size")
+    return hidden_size, vocab_size
+
+
+def _embedding_weight(backbone: nn.Module, shape: torch.Size) -> nn.Parameter:
+    name, weight = type(backbone).__name__, getattr(getattr(backbone, "embedding", None), "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"tie_weights needs {name}.embedding, an nn.Embedding whose weight the output layer shares: "
+            "name it so, or set tie_weights to false"
+        )
+    if weight.shape != shape:
+        raise ValueError(
+            f"tied weights differ in size: {name}.embedding is {tuple(weight.shape)}, the output layer "
+            f"(vocab_size, hidden_size) = {tuple(shape)}; make them equal, or set tie_weights to false"
+        )
+    return weight

@@ -1,0 +1,78 @@
+"""The MLflow UI, opened on the page that compares."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+import webbrowser
+from collections.abc import Sequence
+
+from lit_sigsoftmax.tracking import default_tracking_uri, open_client
+from lit_sigsoftmax.views import HOST, PORT, comparison_url
+
+__all__ = ["serve"]
+
+
+def serve(args: Sequence[str]) -> None:
+    """Run ``lit-sigsoftmax ui``: serve the store on this machine alone until interrupted, and open a browser.
+
+    Args:
+        args: The command line after ``ui``.
+    """
+    parser = argparse.ArgumentParser("lit-sigsoftmax ui", description="Open the MLflow UI on the page that compares.")
+    parser.add_argument("--tracking_uri", default=default_tracking_uri(), help="the store (default: %(default)s)")
+    parser.add_argument("--host", default=HOST, help="address to bind (default: this machine only)")
+    parser.add_argument("--port", type=int, default=PORT, help="port (default: %(default)s)")
+    parser.add_argument("--no_browser", action="store_true", help="only print the address")
+    options = parser.parse_args(args)
+    client = open_client(options.tracking_uri)
+    experiments = [e for e in client.search_experiments() if e.name != "Default"]
+    if not experiments:
+        parser.error(f"no runs in {options.tracking_uri} yet: start with lit-sigsoftmax fit or compare")
+    newest = max(experiments, key=lambda e: e.last_update_time or 0)
+    url = comparison_url(options.tracking_uri, newest.experiment_id, options.port)
+    if options.tracking_uri.startswith("http"):
+        _show(url, options.no_browser)
+        return
+    with socket.socket() as probe:
+        if probe.connect_ex((options.host, options.port)) == 0:
+            parser.error(f"port {options.port} is in use: choose another with --port")
+    server = _start(options.tracking_uri, options.host, options.port)
+    try:
+        _wait(server, options.host, options.port)
+        _show(url, options.no_browser)
+        server.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _start(tracking_uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    # MLflow's job runner would add eight processes that this UI has no use for.
+    return subprocess.Popen(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+def _wait(server: subprocess.Popen[bytes], host: str, port: int, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise SystemExit(f"the MLflow server ended at start with exit code {server.returncode}")
+        with socket.socket() as probe:
+            if probe.connect_ex((host, port)) == 0:
+                return
+        time.sleep(0.2)
+    raise SystemExit(f"the MLflow server did not answer on {host}:{port} within {seconds:.0f} s")
+
+
+def _show(url: str, no_browser: bool) -> None:
+    print(f"Head to head: {url}", flush=True)
+    if not no_browser:
+        webbrowser.open(url)
