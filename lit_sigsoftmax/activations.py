@@ -93,7 +93,7 @@ def sigsoftmax(logits: Tensor) -> Tensor:
 
 @register_activation("sigmoid")
 def sigmoid(logits: Tensor) -> Tensor:
-    """A rival that is bounded above: ``log g(z) = log sigmoid(z)`` (ibid.)."""
+    """A rival with a bounded ``g``: ``g(z) = 1 / (1 + exp(-z))`` (ibid.)."""
     return F.logsigmoid(logits)
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -14,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lit_sigsoftmax.callbacks import RunCheckpoint, RunRecorder, Throughput
 from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.module import LanguageModel
+from lit_sigsoftmax.parser import Parser
+from lit_sigsoftmax.scoring import score_table
 from lit_sigsoftmax.tracking import MLflowTracker, flatten
 from lit_sigsoftmax.ui import serve
 from lit_sigsoftmax.views import comparison_url
@@ -26,6 +29,8 @@ layers over several seeds and tables them; ui shows the runs in MLflow."""
 _NOISE = (
     "LightningCLI's args parameter is intended",
     "`LanguageModel.configure_optimizers` will be overridden",  # by the recipe's optimizer, as it should
+    "It is recommended to use .*sync_dist=True",  # every rank logs sums that are already reduced
+    "The dirpath has changed from",  # a checkpoint of another run is tested in a run of its own
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
 )
 
@@ -45,6 +50,7 @@ class LanguageModelCLI(LightningCLI):
             CorpusDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=Parser,
             save_config_callback=RunRecorder,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
@@ -62,7 +68,10 @@ class LanguageModelCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint callback, and let the data say how many types there are."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.set_defaults({"model": {"class_path": "lit_sigsoftmax.LanguageModel"}})
+        backbone = {"class_path": "lit_sigsoftmax.backbones.RecurrentBackbone"}
+        parser.set_defaults(
+            {"model": {"class_path": "lit_sigsoftmax.LanguageModel", "init_args": {"backbone": backbone}}}
+        )
         for target in ("model.init_args.vocab_size", "model.init_args.backbone.init_args.vocab_size"):
             parser.link_arguments("data.vocab_size", target, apply_on="instantiate")
 
@@ -84,6 +93,10 @@ class LanguageModelCLI(LightningCLI):
             tracker.describe(dataset, f"{layer} seed {seed}", tags)
 
     def _parse_ckpt_path(self) -> None:
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).is_file():
+            self.parser.error(f"no checkpoint at {path}: give the path of a .ckpt file with ckpt_path")
         # LightningCLI lets the checkpoint's hyperparameters win without a word.
         before = dict(flatten(self._model_config()))
         super()._parse_ckpt_path()
@@ -104,6 +117,18 @@ class LanguageModelCLI(LightningCLI):
     def after_test(self) -> None:
         """Say where the result is."""
         self._say_where()
+
+    def predict(self, **kwargs: Any) -> None:
+        """Score every token of the test split; the table is an artifact of the run."""
+        predictions: Any = self.trainer.predict(**kwargs)
+        tracker, datamodule = self.trainer.logger, self.datamodule
+        if self.trainer.world_size > 1:
+            self.parser.error("predict runs on one device: set trainer.devices to 1")
+        if isinstance(tracker, MLflowTracker) and (client := tracker.experiment) and predictions:
+            table = score_table(predictions, datamodule.predict_dataloader(), datamodule.corpus.vocabulary)
+            client.log_text(str(tracker.run_id), table, "token_log_probs.tsv")
+            print(f"Scores: token_log_probs.tsv of run {tracker.run_id} in {tracker.tracking_uri}")
+            tracker.finalize()
 
     @rank_zero_only
     def _say_where(self) -> None:

@@ -34,7 +34,8 @@ class RunRecorder(SaveConfigCallback):
         assert client is not None  # rank 0
         config = self.parser.dump(self.config, skip_none=False)
         client.log_text(run_id, config, "config.yaml")
-        tracker.log_hyperparams({**self.config.as_dict(), "parameters": count_parameters(pl_module)})
+        params = {key: value for key, value in self.config.as_dict().items() if key != "config"}
+        tracker.log_hyperparams({**params, "parameters": count_parameters(pl_module)})
         for key, value in environment().items():
             client.set_tag(run_id, key, value)
         _log_corpus(tracker, trainer.datamodule)  # type: ignore[attr-defined]

@@ -1,0 +1,44 @@
+"""The command line's parser: LightningCLI's, with errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+__all__ = ["Parser", "one_line"]
+
+# What jsonargparse says besides, of the alternatives that a type has and of the whole value.
+_ASIDES = re.compile(r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value")
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, without the list of all options before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error and exit with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {one_line(message)}\nAll options: {self.prog.replace(' [options]', '')} --help\n")
+        raise SystemExit(2)
+
+
+def one_line(message: str) -> str:
+    """Return the part of an error message that says what is wrong, with the nearest name that would be right."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = " ".join(line for line in lines if line and not _ASIDES.match(line))
+    unknown = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", kept)
+    if unknown and (close := difflib.get_close_matches(unknown[2], _parameters(unknown[1]), n=1)):
+        kept += f"; did you mean {close[0]!r}?"
+    return kept
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    classes = inspect.getmro(getattr(import_module(module), name))
+    return [parameter for cls in classes if cls is not object for parameter in inspect.signature(cls).parameters]
