@@ -26,6 +26,10 @@ class Power(nn.Module):
         return self.exponent * z + nn.functional.logsigmoid(z)
 
 
+def doubled(z):
+    return 2 * z
+
+
 def build(name, n_experts=1, seed=0, scale=1.0, **kwargs):
     """A head in float64 whose parameters are all random, with logits and latent values of about unit size."""
     torch.manual_seed(seed)
@@ -282,16 +286,16 @@ def test_activation_and_backend_are_checked():
     [
         *((a, a, a) for a in available_activations()),
         (get_activation("sigsoftmax"), "sigsoftmax", "sigsoftmax"),
-        (nn.functional.logsigmoid, None, "logsigmoid"),
+        (doubled, f"{__name__}.doubled", "doubled"),
         ("torch.nn.LogSigmoid", "torch.nn.LogSigmoid", "LogSigmoid"),
         ({"class_path": "torch.nn.LogSigmoid"}, {"class_path": "torch.nn.LogSigmoid"}, "LogSigmoid"),
         (nn.LogSigmoid(), {"custom": "LogSigmoid"}, "LogSigmoid"),
-        (lambda z: z, None, "<lambda>"),
+        (lambda z: z, {"custom": f"{__name__}.<lambda>"}, "<lambda>"),
     ],
 )
 def test_name_and_specification(activation, spec, name):
     for n_experts in (1, 4):
         head = OutputHead(HIDDEN, VOCAB, activation, n_experts)
         assert head.name == f"{name} x{n_experts}"
-        assert spec is None or head.activation_spec == spec
+        assert head.activation_spec == spec
         assert str(head.activation_spec) in repr(head)

@@ -58,6 +58,7 @@ def test_an_all_but_impossible_token_gives_a_finite_value():
     assert metric.compute().exp().isfinite()
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_reset_forgets_everything():
     metric = NegativeLogLikelihood()
     metric.update(torch.tensor([100.0]), 1)
