@@ -138,9 +138,9 @@ def get_activation(spec: ActivationSpec) -> Activation:
                 f"the output activation was a custom callable, {spec['custom']}, which a checkpoint cannot hold: "
                 "hand it over again, as in load_from_checkpoint(path, activation=...)"
             )
-        if unknown := set(spec) - {"class_path", "init_args"} or "class_path" not in spec:
+        if not {"class_path"} <= set(spec) <= {"class_path", "init_args"}:
             raise ValueError(
-                f"an activation given as a mapping has the keys 'class_path' and 'init_args', not {unknown}: {spec}"
+                f"an activation given as a mapping has the key 'class_path' and may have 'init_args', not {spec}"
             )
         return _build(_import(spec["class_path"]), spec.get("init_args") or {}, spec["class_path"])
     if inspect.isclass(spec):
@@ -165,6 +165,17 @@ def activation_spec(spec: ActivationSpec) -> str | dict[str, Any]:
     if module not in (None, "__main__") and getattr(sys.modules.get(str(module)), name, None) is spec:
         return f"{module}.{name}"
     return {"custom": f"{module}.{name}" if name else type(spec).__qualname__}
+
+
+def vouched_for(recorded: str | dict[str, Any], given: str | dict[str, Any]) -> bool:
+    """Whether ``given`` may be the custom callable that a checkpoint recorded: one of that name, wherever it is found.
+
+    A function of a script that is run is ``__main__.f`` there and ``script.f`` when it is imported.
+    """
+    if not (isinstance(recorded, dict) and "custom" in recorded):
+        return False
+    name = given if isinstance(given, str) else str(given.get("custom"))
+    return name not in _REGISTRY and name.rpartition(".")[2] == recorded["custom"].rpartition(".")[2]
 
 
 def _import(path: str) -> Activation:

@@ -148,8 +148,7 @@ def main(args: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) 
     """
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # the user's own modules, also from the console script
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message)
+    silence_noise()
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["compare"]:
         from lit_sigsoftmax.compare import compare
@@ -162,6 +161,12 @@ def main(args: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) 
         if args is None:
             sys.argv[1:] = words  # what the processes of DDP are started with
         LanguageModelCLI(words, callbacks)
+
+
+def silence_noise() -> None:
+    """Turn off the warnings that say nothing to a user of this command line."""
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
 
 
 def resolve_recipes(words: Sequence[str]) -> list[str]:

@@ -79,9 +79,17 @@ def _log_sigsoftmax(logits: Tensor, dim: int) -> Tensor:
     # and gradient.
     z = widen(logits)
     peak = z.detach().amax(dim, keepdim=True)
-    zero = z.new_zeros(())
-    linear = (z - peak) + (torch.minimum(z, zero) - torch.minimum(peak, zero))
-    return _normalize(linear - (torch.log1p(torch.exp(-z.abs())) - torch.log1p(torch.exp(-peak.abs()))), dim)
+    linear = (z - peak) + (_negative_part(z) - _negative_part(peak))
+    return _normalize(linear - (_log1p_exp_neg_abs(z) - _log1p_exp_neg_abs(peak)), dim)
+
+
+# Not torch.minimum and abs: their derivatives at zero are the mean of both sides, which makes the second one wrong.
+def _negative_part(z: Tensor) -> Tensor:
+    return torch.where(z < 0, z, 0.0)
+
+
+def _log1p_exp_neg_abs(z: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(torch.where(z < 0, z, -z)))
 
 
 def _normalize(scores: Tensor, dim: int) -> Tensor:
@@ -127,10 +135,11 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, weight, target, activation="sigsoftmax").exp()
         tensor(7.0000)
     """
-    if hidden.shape[-1] != weight.shape[-1] or hidden.shape[:-1] != target.shape:
+    fits = weight.dim() == 2 and hidden.shape == (*target.shape, weight.shape[1])
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and target {tuple(target.shape)} do not fit: "
-            "expected (..., d), (V, d) and (...)"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)} and "
+            f"bias {None if bias is None else tuple(bias.shape)} do not fit: expected (..., d), (V, d), (...) and (V,)"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")

@@ -42,7 +42,7 @@ class NegativeLogLikelihood(Metric):
             nll: Nats of each token, any shape, zero where a target is ignored.
             tokens: The number of targets that count.
         """
-        self.nats += nll.detach().double().sum()
+        self.nats += nll.double().sum()
         self.tokens += tokens
 
     def compute(self) -> Tensor:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lit_sigsoftmax.activations import ActivationSpec
+from lit_sigsoftmax.activations import ActivationSpec, vouched_for
 from lit_sigsoftmax.functional import IGNORE_INDEX
 from lit_sigsoftmax.heads import OutputHead
 from lit_sigsoftmax.metrics import NegativeLogLikelihood
@@ -53,10 +53,12 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         # Checkpoints hold plain data: a module built in Python is handed to load_from_checkpoint again.
-        self.save_hyperparameters(ignore=["backbone"] if _given_hyperparameters.get() is None else [])
+        from_python = _given_hyperparameters.get() is None
+        self.save_hyperparameters(ignore=["activation", "backbone"] if from_python else ["activation"])
         self.backbone = backbone
+        self.tie_weights = tie_weights
         self.head = OutputHead(*_sizes(backbone, vocab_size), activation, n_experts)
-        self.hparams["activation"] = self.head.activation_spec
+        self.save_hyperparameters({"activation": self.head.activation_spec})
         if tie_weights:
             self.head.weight = _embedding_weight(backbone, self.head.weight.shape)
         self.nll = nn.ModuleDict({f"{stage}_nll": NegativeLogLikelihood() for stage in ("train", "val", "test")})
@@ -167,10 +169,15 @@ class LanguageModel(LightningModule):
         """Refuse a checkpoint of another output layer.
 
         Raises:
-            ValueError: Activation, experts or sizes differ from the checkpoint's.
+            ValueError: Activation, experts, sizes or tying differ from the checkpoint's.
         """
-        own, theirs = self._output_layer(), checkpoint.get("output_layer", {})
-        different = [f"{key} {value!r}, here {own[key]!r}" for key, value in theirs.items() if own.get(key) != value]
+        # A subclass with its own on_save_checkpoint may leave the record out; the hyperparameters are always there.
+        own, theirs = self._output_layer(), checkpoint.get("output_layer") or checkpoint.get("hyper_parameters", {})
+        different = [
+            f"{key} {theirs[key]!r}, here {value!r}"
+            for key, value in own.items()
+            if theirs.get(key) not in (None, value) and not (key == "activation" and vouched_for(theirs[key], value))
+        ]
         if different:
             raise ValueError(f"the checkpoint is of another output layer: {'; '.join(different)}")
 
@@ -181,6 +188,7 @@ class LanguageModel(LightningModule):
             "n_experts": head.n_experts,
             "vocab_size": head.vocab_size,
             "hidden_size": head.hidden_size,
+            "tie_weights": self.tie_weights,
         }
 
     def _metric(self, stage: str) -> NegativeLogLikelihood:

@@ -83,6 +83,6 @@ def sigsoftmax_jacobian(logits: Tensor) -> Tensor:
 
 def press_rank(matrix: Tensor) -> int:
     """Numerical rank with the threshold of Press et al. (2007), as the papers count independent log-outputs."""
-    values = torch.linalg.svdvals(matrix)
+    values = torch.linalg.svdvals(matrix.detach())
     threshold = 0.5 * math.sqrt(sum(matrix.shape) + 1) * float(values[0]) * torch.finfo(matrix.dtype).eps
     return int((values > threshold).sum())

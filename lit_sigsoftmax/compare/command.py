@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def compare(args: Sequence[str]) -> None:
 
     parser = _parser()
     options, recipe = parser.parse_known_args(args)
+    if options.workers < 1 or min(options.n_experts) < 1:
+        parser.error(f"--workers and --n_experts are at least 1, not {min(options.workers, *options.n_experts)}")
     try:
         runs = plan(options.activations, options.n_experts, parse_seeds(options.seeds))
     except ValueError as error:
@@ -45,7 +48,7 @@ def compare(args: Sequence[str]) -> None:
     recipe = [*resolve_recipes(recipe), f"--trainer.logger.init_args.study={study}"]
     if code := check([[*recipe, *run.arguments] for run in runs if run.seed == runs[0].seed]):
         raise SystemExit(code)
-    failed = _train_all(runs, recipe, study)
+    failed = _train_all(runs, recipe, study, options.workers)
     _conclude(study)
     if failed:
         raise SystemExit(1)
@@ -62,33 +65,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--activations", nargs="+", default=["softmax", "sigsoftmax"], metavar="NAME")
     parser.add_argument("--n_experts", nargs="+", type=int, default=[1], metavar="K")
     parser.add_argument("--seeds", nargs="+", default=["0"], metavar="SEED", help="such as 0 1 2 or 0..4")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time; they share the processor's cores")
     parser.add_argument("--study", help="name that ties the runs together (default: date and time)")
     parser.add_argument("--tracking_uri", help=f"the MLflow store (default: {default_tracking_uri()})")
     return parser
 
 
-def _train_all(runs: Sequence[PlannedRun], recipe: Sequence[str], study: str) -> int:
+def _train_all(runs: Sequence[PlannedRun], recipe: Sequence[str], study: str, workers: int) -> int:
     logs = store_root(default_tracking_uri()) / "logs" / study.replace(":", "-").replace("/", "-")
     logs.mkdir(parents=True, exist_ok=True)
-    failed, columns = 0, (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars, ThreadPoolExecutor(workers) as pool:
         total = bars.add_task("runs", total=len(runs))
-        for run in runs:
-            bar, start = bars.add_task(run.name, total=None), time.perf_counter()
-            log = logs / f"{run.name}.log"
+
+        def one(run: PlannedRun) -> bool:
+            log, start = logs / f"{run.name}.log", time.perf_counter()
+            bar = bars.add_task(run.name, total=None)
             done = train(
                 [*recipe, *run.arguments],
                 log,
-                lambda step, steps, bar=bar: bars.update(bar, completed=step, total=steps),  # type: ignore[misc]
+                lambda step, steps: bars.update(bar, completed=step, total=steps),
+                threads,
             )
             bars.remove_task(bar)
-            seconds = time.perf_counter() - start
-            bars.print(f"{run.name}: {'done' if done else f'FAILED, see {log}'} after {seconds:.0f} s")
-            if not done:
-                failed += 1
-                bars.print(_last_lines(log))
             bars.advance(total)
-    return failed
+            outcome = "done" if done else f"FAILED, see {log}\n{_last_lines(log)}\n{run.name} failed"
+            bars.print(f"{run.name}: {outcome} after {time.perf_counter() - start:.0f} s", markup=False)
+            return done
+
+        return len(runs) - sum(pool.map(one, runs))
 
 
 def _conclude(study: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -18,19 +19,20 @@ __all__ = ["check", "train"]
 Progress = Callable[[int, int], None]
 
 
-def train(arguments: Sequence[str], log: Path, progress: Progress) -> bool:
+def train(arguments: Sequence[str], log: Path, progress: Progress, threads: int) -> bool:
     """Run ``fit`` with the given arguments in a new process.
 
     Args:
         arguments: The command line after ``fit``.
         log: The file that gets what the run prints.
         progress: Called with the steps done and the steps in all.
+        threads: The processor threads that it may use.
 
     Returns:
         Whether the run succeeded.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = _context().Process(target=_train, args=(list(arguments), str(log), sender))
+    process = _context().Process(target=_train, args=(list(arguments), str(log), sender, threads))
     process.start()
     sender.close()
     try:
@@ -78,13 +80,16 @@ def _context() -> Any:
     return context
 
 
-def _train(arguments: list[str], log: str, sender: Connection) -> None:
+def _train(arguments: list[str], log: str, sender: Connection, threads: int) -> None:
+    import torch
+
     from lit_sigsoftmax import __main__ as program
     from lit_sigsoftmax.cli import main
 
     with open(log, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    torch.set_num_threads(threads)
     # What Lightning starts the other processes of a DDP run with.
     sys.argv = [str(program.__file__), "fit", *arguments]
     try:
@@ -95,7 +100,10 @@ def _train(arguments: list[str], log: str, sender: Connection) -> None:
 
 
 def _check(command_lines: list[list[str]]) -> None:
-    from lit_sigsoftmax.cli import LanguageModelCLI
+    from lit_sigsoftmax.cli import LanguageModelCLI, silence_noise
 
+    silence_noise()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for line in command_lines:
         LanguageModelCLI(line, run=False)
