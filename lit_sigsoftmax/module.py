@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 
 # The one private name used: it tells the constructor that the command line builds the model, from plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -108,6 +109,8 @@ class LanguageModel(LightningModule):
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         nll, count = self.token_nll(batch, stage), (batch[1] != IGNORE_INDEX).sum()
+        if stage != "train":
+            _check_context(self._state[stage] is not None, getattr(self.trainer, "datamodule", None))
         self._metric(stage).update(nll, count)
         return nll.sum() / count
 
@@ -204,6 +207,20 @@ class LanguageModel(LightningModule):
         loss = self._metric(stage).compute()
         self.log(f"{stage}/loss", loss)
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
+
+
+def _check_context(carries_state: bool, datamodule: Any) -> None:
+    context_min = getattr(datamodule, "context_min", None)
+    if carries_state and context_min:
+        raise ValueError(
+            f"data.context_min is {context_min}, but the backbone carries its state from segment to segment and would "
+            "read the overlap twice: set data.context_min to 0"
+        )
+    if not carries_state and context_min == 0:
+        rank_zero_warn(
+            "the backbone carries no state and data.context_min is 0: the first predictions of an evaluation segment "
+            "see almost nothing, and perplexity depends on data.bptt. Set data.context_min to let them see more"
+        )
 
 
 def _sizes(backbone: nn.Module, vocab_size: int | None) -> tuple[int, int]:

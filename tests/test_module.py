@@ -15,7 +15,9 @@ from lit_sigsoftmax.activations import activation_spec, available_activations, g
 from lit_sigsoftmax.backbones import RecurrentBackbone, TransformerBackbone
 from lit_sigsoftmax.data import Corpus, CorpusDataModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(LeafSpec|many workers|log_every_n_steps|ModelCheckpoint)")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(LeafSpec|many workers|log_every_n_steps|ModelCheckpoint|carries no state)"
+)
 
 HIDDEN = 8
 WORDS = ["<eos>", "a", "b", "c", "d", "e", "f"]
@@ -310,6 +312,15 @@ def test_every_token_is_counted_once_at_any_number_of_streams(streams, trainer):
     assert int(model.nll["val_nll"].tokens) == 83
     _, tokens = score(model, trainer, test_batch_size=streams, bptt=10)
     assert tokens == 101
+
+
+def test_overlapping_windows_are_for_models_without_state(trainer):
+    with pytest.raises(ValueError, match=r"data\.context_min is 4.*set data\.context_min to 0"):
+        trainer().test(build("lstm"), TinyData(context_min=4), verbose=False)
+    with pytest.warns(UserWarning, match=r"carries no state and data\.context_min is 0"):
+        trainer().test(build("transformer"), TinyData(), verbose=False)
+    losses = [trainer().test(build("transformer"), TinyData(context_min=200, bptt=b), verbose=False) for b in (5, 30)]
+    assert losses[0][0]["test/loss"] == pytest.approx(losses[1][0]["test/loss"], rel=1e-6)
 
 
 def test_validation_and_test_log_loss_and_perplexity(trainer):

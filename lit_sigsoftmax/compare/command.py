@@ -18,6 +18,7 @@ from lit_sigsoftmax.compare.plan import PlannedRun, parse_seeds, plan
 from lit_sigsoftmax.compare.run import check, train
 from lit_sigsoftmax.compare.table import collect, log_summary, rich_table
 from lit_sigsoftmax.tracking import default_tracking_uri, open_client, store_root
+from lit_sigsoftmax.training import resolve_recipes
 from lit_sigsoftmax.views import comparison_url
 
 __all__ = ["compare"]
@@ -32,8 +33,6 @@ def compare(args: Sequence[str]) -> None:
     Raises:
         SystemExit: 2 for a mistake in the command line or the recipe, 1 where a run failed.
     """
-    from lit_sigsoftmax.cli import resolve_recipes
-
     parser = _parser()
     options, recipe = parser.parse_known_args(args)
     if options.workers < 1 or min(options.n_experts) < 1:

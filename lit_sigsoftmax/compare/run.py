@@ -76,31 +76,30 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lit_sigsoftmax.cli", "mlflow"])
+    context.set_forkserver_preload(["lit_sigsoftmax.training", "mlflow"])
     return context
 
 
 def _train(arguments: list[str], log: str, sender: Connection, threads: int) -> None:
     import torch
 
-    from lit_sigsoftmax import __main__ as program
-    from lit_sigsoftmax.cli import main
+    from lit_sigsoftmax import training
 
     with open(log, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     torch.set_num_threads(threads)
     # What Lightning starts the other processes of a DDP run with.
-    sys.argv = [str(program.__file__), "fit", *arguments]
+    sys.argv = [str(Path(training.__file__).with_name("__main__.py")), "fit", *arguments]
     try:
-        main(callbacks=[_Reporter(sender)])
+        training.run(sys.argv[1:], [_Reporter(sender)])
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None
 
 
 def _check(command_lines: list[list[str]]) -> None:
-    from lit_sigsoftmax.cli import LanguageModelCLI, silence_noise
+    from lit_sigsoftmax.training import LanguageModelCLI, silence_noise
 
     silence_noise()
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,0 +1,196 @@
+"""The commands that train and evaluate: LightningCLI with this library's defaults."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from lit_sigsoftmax.callbacks import RunCheckpoint, RunRecorder, Throughput
+from lit_sigsoftmax.data import CorpusDataModule
+from lit_sigsoftmax.module import LanguageModel
+from lit_sigsoftmax.parser import Parser
+from lit_sigsoftmax.scoring import score_table
+from lit_sigsoftmax.tracking import MLflowTracker, default_tracking_uri, flatten, store_root
+from lit_sigsoftmax.views import comparison_url
+
+__all__ = ["LanguageModelCLI", "recipe_path", "resolve_recipes", "run", "silence_noise"]
+
+_RECIPES = "lit_sigsoftmax.recipes"
+_DESCRIPTION = """Output layers for language models, head to head. Further commands: compare trains several output
+layers over several seeds and tables them; ui shows the runs in MLflow."""
+_NOISE = (
+    "LightningCLI's args parameter is intended",
+    "`LanguageModel.configure_optimizers` will be overridden",  # by the recipe's optimizer, as it should
+    "It is recommended to use .*sync_dist=True",  # every rank logs sums that are already reduced
+    "The dirpath has changed from",  # a checkpoint of another run is tested in a run of its own
+    ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
+)
+
+
+class LanguageModelCLI(LightningCLI):
+    """Trains and evaluates a :class:`LanguageModel`, or a subclass of it, on a :class:`CorpusDataModule`.
+
+    Args:
+        args: The command line, ``sys.argv[1:]`` by default.
+        callbacks: Further callbacks of the trainer.
+        run: Whether the subcommand is run, or the objects are only made.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, callbacks: Sequence[Callback] = (), run: bool = True) -> None:
+        super().__init__(
+            LanguageModel,
+            CorpusDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            save_config_callback=RunRecorder,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            trainer_defaults={
+                "logger": {"class_path": "lit_sigsoftmax.tracking.MLflowTracker"},
+                "callbacks": [Throughput(), *callbacks],
+                "use_distributed_sampler": False,  # the datamodule shards the streams
+                "enable_autolog_hparams": False,  # RunRecorder logs the whole configuration
+            },
+            parser_kwargs={"description": _DESCRIPTION},
+            args=list(args) if args is not None else None,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint callback, and let the data say how many types there are."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        backbone = {"class_path": "lit_sigsoftmax.backbones.RecurrentBackbone"}
+        parser.set_defaults(
+            {"model": {"class_path": "lit_sigsoftmax.LanguageModel", "init_args": {"backbone": backbone}}}
+        )
+        for target in ("model.init_args.vocab_size", "model.init_args.backbone.init_args.vocab_size"):
+            parser.link_arguments("data.vocab_size", target, apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; what is wrong with them is an error of the command line."""
+        try:
+            super().instantiate_classes()
+        except (OSError, TypeError, ValueError) as error:
+            self.parser.error(str(error))
+
+    def after_instantiate_classes(self) -> None:
+        """Name the run after what it compares."""
+        tracker, model = self.trainer.logger, self.model
+        if isinstance(tracker, MLflowTracker) and isinstance(model, LanguageModel):
+            seed = self._get(self.config, "seed_everything")
+            layer, dataset = model.head.name, str(self.datamodule.name)
+            activation, n_experts = layer.rsplit(" x", 1)
+            tags = {"dataset": dataset, "activation": activation, "n_experts": n_experts, "seed": str(seed)}
+            tracker.describe(dataset, f"{layer} seed {seed}", tags)
+
+    def _parse_ckpt_path(self) -> None:
+        self._find_checkpoint()
+        # LightningCLI lets the checkpoint's hyperparameters win without a word.
+        before = dict(flatten(self._model_config()))
+        super()._parse_ckpt_path()
+        for key, value in flatten(self._model_config()):
+            if key in before and before[key] != value:
+                rank_zero_warn(f"model.{key} is {value!r} as in the checkpoint, not {before[key]!r} as configured")
+
+    def _find_checkpoint(self) -> None:
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path == "last":  # of any run: Lightning looks in the folder of this one, which is new
+            found = store_root(default_tracking_uri()).glob("checkpoints/*/last.ckpt")
+            path = max(found, key=lambda file: file.stat().st_mtime, default=None)
+            if path is None:
+                self.parser.error("ckpt_path is last, but no run here has left a checkpoint")
+            self.config[command]["ckpt_path"] = str(path)
+        elif path and not Path(path).is_file():
+            self.parser.error(f"no checkpoint at {path}: give the path of a .ckpt file with ckpt_path")
+
+    def _model_config(self) -> dict[str, object]:
+        command = self.config.get("subcommand")
+        return self.config[command]["model"].as_dict() if command else {}
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint in the same run."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None)
+        self._say_where()
+
+    def after_test(self) -> None:
+        """Say where the result is."""
+        self._say_where()
+
+    def predict(self, **kwargs: Any) -> None:
+        """Score every token of the test split; the table is an artifact of the run."""
+        predictions: Any = self.trainer.predict(**kwargs)
+        tracker, datamodule = self.trainer.logger, self.datamodule
+        if self.trainer.world_size > 1:
+            self.parser.error("predict runs on one device: set trainer.devices to 1")
+        if isinstance(tracker, MLflowTracker) and (client := tracker.experiment) and predictions:
+            table = score_table(predictions, datamodule.predict_dataloader(), datamodule.corpus.vocabulary)
+            client.log_text(str(tracker.run_id), table, "token_log_probs.tsv")
+            print(f"Scores: token_log_probs.tsv of run {tracker.run_id} in {tracker.tracking_uri}")
+            tracker.finalize()
+
+    @rank_zero_only
+    def _say_where(self) -> None:
+        tracker = self.trainer.logger
+        if isinstance(tracker, MLflowTracker):
+            print(f"Run {tracker.run_name!r}: {tracker.run_id} in {tracker.tracking_uri}")
+            print(f"Compare: {comparison_url(tracker.tracking_uri, str(tracker.experiment_id))}")
+            tracker.finalize()
+
+
+def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        words: The command line.
+        callbacks: Further callbacks of the trainer.
+    """
+    silence_noise()
+    LanguageModelCLI(resolve_recipes(words), callbacks)
+
+
+def silence_noise() -> None:
+    """Turn off the warnings that say nothing to a user of this command line."""
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
+def resolve_recipes(words: Sequence[str]) -> list[str]:
+    """Replace the value of each ``--config`` by the packaged recipe of that name, where there is no such file."""
+    resolved = list(words)
+    for i, word in enumerate(resolved):
+        if word in ("-c", "--config") and i + 1 < len(resolved):
+            resolved[i + 1] = recipe_path(resolved[i + 1])
+        elif word.startswith("--config="):
+            resolved[i] = f"--config={recipe_path(word.removeprefix('--config='))}"
+    return resolved
+
+
+def recipe_path(name: str) -> str:
+    """Return the path of a configuration file: the file itself, or the packaged recipe of that name.
+
+    Args:
+        name: For instance ``penn_treebank/lstm.yaml``. Anything that names neither is returned as it is.
+
+    Raises:
+        SystemExit: A YAML file of that name is neither here nor among the recipes.
+    """
+    from importlib.resources import files
+
+    root = Path(str(files(_RECIPES)))
+    if Path(name).exists() or not name.endswith((".yaml", ".yml")):
+        return name
+    if (root / name).is_file():
+        return str(root / name)
+    known = ", ".join(sorted(path.relative_to(root).as_posix() for path in root.rglob("*.yaml")))
+    print(f"error: no configuration file {name}, here or among the packaged recipes: {known}", file=sys.stderr)
+    raise SystemExit(2)
