@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,45 @@ def data_root() -> Path:
     if not (root / "ptb" / "ptb.train.txt").is_file():
         pytest.skip("the real corpora are not here: set LIT_SIGSOFTMAX_DATA to a folder with ptb/ and wikitext-2/")
     return root
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: a new one takes seconds to make, a copy of this one none."""
+    from lit_sigsoftmax.tracking import open_client
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def workplace(empty_store: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Makes ``with workplace() as store:``, a working directory with an empty store, also for wider scopes.
+
+    The store's address is absolute: MLflow keeps a database open under its name, whatever the working directory is.
+    """
+    from contextlib import contextmanager
+
+    from cli_helpers import Store
+
+    @contextmanager
+    def make():
+        folder = tmp_path_factory.mktemp("workplace")
+        (folder / "mlruns").mkdir()
+        shutil.copy(empty_store, folder / "mlruns" / "mlflow.db")
+        store = Store(folder)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.chdir(folder)
+            monkeypatch.syspath_prepend(folder)
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+            yield store
+
+    return make
+
+
+@pytest.fixture
+def store(workplace):
+    """A working directory with an empty store, which is the default one."""
+    with workplace() as store:
+        yield store
