@@ -6,9 +6,9 @@ A language model turns a hidden vector into logits ``z`` over the vocabulary. An
 .. math:: \log p = \log g(z) - \operatorname{logsumexp}(\log g(z)).
 
 Softmax is ``log_g(z) = z``: every vector of log-probabilities is then the logits plus a constant, so a matrix of them
-has rank ``hidden_size + 1`` at the most (Yang et al., ICLR 2018). Any activation that is nonlinear in log space breaks
-that cap with no extra parameters; sigsoftmax, ``log_g(z) = z + logsigmoid(z)``, is the one that Kanai et al. (NeurIPS
-2018) derived.
+has rank ``hidden_size + 1`` at the most, one more with a bias (Yang et al., ICLR 2018). Any activation that is
+nonlinear in log space breaks that cap with no extra parameters; sigsoftmax, ``log_g(z) = z + logsigmoid(z)``, is the
+one that Kanai et al. (NeurIPS 2018) derived.
 
 A *specification* names an activation in a recipe, a checkpoint or a tracked run:
 
@@ -104,6 +104,11 @@ def relu(logits: Tensor) -> Tensor:
     The floor keeps every token possible, so unlike the other activations this one does not turn ``-inf`` into a mask.
     """
     return torch.log(F.relu(logits) + 1e-8)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return float16 and bfloat16 as float32, anything else as it is: what an activation gets to see."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def available_activations() -> tuple[str, ...]:

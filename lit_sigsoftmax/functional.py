@@ -7,18 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_sigsoftmax.activations import Activation, ActivationSpec, get_activation
+from lit_sigsoftmax.activations import Activation, ActivationSpec, get_activation, widen
 from lit_sigsoftmax.losses import get_backend
 
 __all__ = ["IGNORE_INDEX", "linear_cross_entropy", "log_normalize", "log_sigsoftmax", "sigsoftmax"]
 
 IGNORE_INDEX = -100
 """Targets with this value are not predicted: they cost nothing and count nowhere."""
-
-
-def widen(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 where it is float16 or bfloat16, unchanged otherwise."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def log_normalize(logits: Tensor, log_g: Activation, dim: int = -1) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_sigsoftmax.activations import ActivationSpec, activation_spec, get_activation
-from lit_sigsoftmax.functional import IGNORE_INDEX, linear_cross_entropy, log_normalize, widen
+from lit_sigsoftmax.activations import ActivationSpec, activation_spec, get_activation, widen
+from lit_sigsoftmax.functional import IGNORE_INDEX, linear_cross_entropy, log_normalize
 
 __all__ = ["OutputHead"]
 
@@ -70,10 +70,12 @@ class OutputHead(nn.Module):
 
     @property
     def name(self) -> str:
-        """The layer in words, as in ``sigsoftmax x4``."""
+        """The layer in words, as in ``sigsoftmax x4``; layers that differ have different names."""
         spec = self.activation_spec
-        activation = spec if isinstance(spec, str) else spec.get("class_path") or spec["custom"]
-        return f"{activation.rsplit('.', 1)[-1]} x{self.n_experts}"
+        if isinstance(spec, dict):
+            arguments = ", ".join(f"{key}={value}" for key, value in (spec.get("init_args") or {}).items())
+            spec = spec["custom"] if "custom" in spec else f"{spec['class_path']}({arguments})"
+        return f"{spec} x{self.n_experts}"
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """Return the log-probability of every token.

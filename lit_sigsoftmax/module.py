@@ -36,6 +36,8 @@ class LanguageModel(LightningModule):
         n_experts: Number of mixed distributions; 1 is the plain layer, softmax with 15 is MoS, sigsoftmax with 15 is
             MoSS.
         tie_weights: Whether the output weight is the backbone's embedding weight.
+        bias: Whether the logits have a bias.
+        loss_backend: The implementation of the loss, see :mod:`lit_sigsoftmax.losses`; ``"auto"`` chooses.
 
     Attributes:
         head: The :class:`~lit_sigsoftmax.OutputHead`.
@@ -51,6 +53,8 @@ class LanguageModel(LightningModule):
         activation: ActivationSpec = "softmax",
         n_experts: int = 1,
         tie_weights: bool = True,
+        bias: bool = True,
+        loss_backend: str = "auto",
     ) -> None:
         super().__init__()
         # Checkpoints hold plain data: a module built in Python is handed to load_from_checkpoint again.
@@ -58,7 +62,7 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters(ignore=["activation", "backbone"] if from_python else ["activation"])
         self.backbone = backbone
         self.tie_weights = tie_weights
-        self.head = OutputHead(*_sizes(backbone, vocab_size), activation, n_experts)
+        self.head = OutputHead(*_sizes(backbone, vocab_size), activation, n_experts, bias=bias, backend=loss_backend)
         self.save_hyperparameters({"activation": self.head.activation_spec})
         if tie_weights:
             self.head.weight = _embedding_weight(backbone, self.head.weight.shape)
@@ -103,14 +107,14 @@ class LanguageModel(LightningModule):
         """
         tokens, target = batch
         hidden, state = self(tokens, self._state.get(stage))
+        if stage != "train":
+            _check_context(state is not None, getattr(self.trainer, "datamodule", None))
         # Truncated back-propagation through time: the next segment sees the state, not its gradient.
         self._state[stage] = apply_to_collection(state, Tensor, Tensor.detach)
         return self.head.nll(hidden, target)
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         nll, count = self.token_nll(batch, stage), (batch[1] != IGNORE_INDEX).sum()
-        if stage != "train":
-            _check_context(self._state[stage] is not None, getattr(self.trainer, "datamodule", None))
         self._metric(stage).update(nll, count)
         return nll.sum() / count
 
@@ -150,7 +154,7 @@ class LanguageModel(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the perplexity of the epoch, as it was while the weights changed."""
-        self.log("train/perplexity", self._metric("train").compute().exp())
+        self.log("train/perplexity", self._metric("train").compute().exp(), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log nats per token and perplexity."""
@@ -205,8 +209,9 @@ class LanguageModel(LightningModule):
 
     def _log_sums(self, stage: str) -> None:
         loss = self._metric(stage).compute()
-        self.log(f"{stage}/loss", loss)
-        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
+        # Every rank has the same sums already; sync_dist only says so.
+        self.log(f"{stage}/loss", loss, sync_dist=True)
+        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True, sync_dist=True)
 
 
 def _check_context(carries_state: bool, datamodule: Any) -> None:

@@ -7,6 +7,7 @@ The store is ``sqlite:///mlruns/mlflow.db`` with artifacts in ``mlruns/artifacts
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from argparse import Namespace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-__all__ = ["MLflowTracker", "default_tracking_uri", "open_client", "store_root"]
+__all__ = ["MLflowTracker", "default_tracking_uri", "open_client", "store_root", "tracker_of"]
 
 _SQLITE = "sqlite:///"
 
@@ -160,14 +162,20 @@ class MLflowTracker(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics at a step. Test results are of the run as a whole: step 0, where MLflow draws them as bars."""
+        """Log metrics at a step. Test results are of the run as a whole: step 0, where MLflow draws them as bars.
+
+        MLflow stores infinity as 1.8e308, which no chart survives: a value that is not finite becomes the tag
+        ``diverged`` instead.
+        """
         from mlflow.entities import Metric
 
+        if lost := [key for key, value in metrics.items() if not math.isfinite(value)]:
+            self._open().set_tag(str(self.run_id), "diverged", f"{', '.join(lost)} at step {step}")
         now = int(time.time() * 1000)
         entities = [
             Metric(key, float(value), now, 0 if key.startswith("test/") else step or 0)
             for key, value in metrics.items()
-            if key != "epoch"
+            if key != "epoch" and math.isfinite(value)
         ]
         if entities:
             self._open().log_batch(str(self.run_id), metrics=entities)
@@ -191,11 +199,25 @@ class MLflowTracker(Logger):
             self._monitor.start()
 
 
+def tracker_of(trainer: Trainer) -> MLflowTracker | None:
+    """Return the trainer's tracker, if it has one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
+
+
 def get_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
-    """Return the id of an experiment, made where there is none."""
+    """Return the id of an experiment, made where there is none.
+
+    Raises:
+        ValueError: It has been deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(name):
+        if found.lifecycle_stage == "deleted":
+            raise ValueError(
+                f"the experiment {name!r} has been deleted: restore it with mlflow experiments restore "
+                f"--experiment-id {found.experiment_id}, or name another with trainer.logger.init_args.experiment_name"
+            )
         return str(found.experiment_id)
     local = tracking_uri.startswith(_SQLITE)
     location = (store_root(tracking_uri) / "artifacts").resolve().as_uri() if local else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -17,7 +19,7 @@ from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.parser import Parser
 from lit_sigsoftmax.scoring import score_table
-from lit_sigsoftmax.tracking import MLflowTracker, default_tracking_uri, flatten, store_root
+from lit_sigsoftmax.tracking import flatten, tracker_of
 from lit_sigsoftmax.views import comparison_url
 
 __all__ = ["LanguageModelCLI", "recipe_path", "resolve_recipes", "run", "silence_noise"]
@@ -25,10 +27,10 @@ __all__ = ["LanguageModelCLI", "recipe_path", "resolve_recipes", "run", "silence
 _RECIPES = "lit_sigsoftmax.recipes"
 _DESCRIPTION = """Output layers for language models, head to head. Further commands: compare trains several output
 layers over several seeds and tables them; ui shows the runs in MLflow."""
+_KEYWORDS = ("best", "hpc", "registry")  # of Lightning
 _NOISE = (
     "LightningCLI's args parameter is intended",
     "`LanguageModel.configure_optimizers` will be overridden",  # by the recipe's optimizer, as it should
-    "It is recommended to use .*sync_dist=True",  # every rank logs sums that are already reduced
     "The dirpath has changed from",  # a checkpoint of another run is tested in a run of its own
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
 )
@@ -73,23 +75,33 @@ class LanguageModelCLI(LightningCLI):
         )
         for target in ("model.init_args.vocab_size", "model.init_args.backbone.init_args.vocab_size"):
             parser.link_arguments("data.vocab_size", target, apply_on="instantiate")
+        parser.add_lr_scheduler_args()
+        # A cosine spans the training, however long it is made.
+        parser.link_arguments("trainer.max_epochs", "lr_scheduler.init_args.T_max")
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what is wrong with them is an error of the command line."""
         try:
             super().instantiate_classes()
-        except (OSError, TypeError, ValueError) as error:
-            self.parser.error(str(error))
+            self.datamodule.check(self.trainer.world_size)
+        except (MisconfigurationException, OSError, TypeError, ValueError) as error:
+            self.parser.error(f"{error}{_place(error)}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with a second checkpoint callback for the last state."""
+        best = self._get(self.config_init, "checkpoint")
+        last = RunCheckpoint(best.dirpath, "last", monitor=None, every_n_epochs=best._every_n_epochs)
+        self.trainer_defaults["callbacks"] = [*self.trainer_defaults["callbacks"], last]
+        return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
         """Name the run after what it compares."""
-        tracker, model = self.trainer.logger, self.model
-        if isinstance(tracker, MLflowTracker) and isinstance(model, LanguageModel):
-            seed = self._get(self.config, "seed_everything")
-            layer, dataset = model.head.name, str(self.datamodule.name)
-            activation, n_experts = layer.rsplit(" x", 1)
-            tags = {"dataset": dataset, "activation": activation, "n_experts": n_experts, "seed": str(seed)}
-            tracker.describe(dataset, f"{layer} seed {seed}", tags)
+        tracker, model = tracker_of(self.trainer), self.model
+        if tracker and isinstance(model, LanguageModel):
+            seed, dataset = str(self._get(self.config, "seed_everything")), str(self.datamodule.name)
+            activation, n_experts = model.head.name.rsplit(" x", 1)
+            tags = {"dataset": dataset, "activation": activation, "n_experts": n_experts, "seed": seed}
+            tracker.describe(dataset, f"{model.head.name} seed {seed}", {**tags, "kind": self.subcommand or "none"})
 
     def _parse_ckpt_path(self) -> None:
         self._find_checkpoint()
@@ -103,13 +115,9 @@ class LanguageModelCLI(LightningCLI):
     def _find_checkpoint(self) -> None:
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
-        if path == "last":  # of any run: Lightning looks in the folder of this one, which is new
-            found = store_root(default_tracking_uri()).glob("checkpoints/*/last.ckpt")
-            path = max(found, key=lambda file: file.stat().st_mtime, default=None)
-            if path is None:
-                self.parser.error("ckpt_path is last, but no run here has left a checkpoint")
-            self.config[command]["ckpt_path"] = str(path)
-        elif path and not Path(path).is_file():
+        if path == "last":  # Lightning would look in the folder of this run, which is new, and start afresh
+            self.parser.error("ckpt_path needs the path of a checkpoint: a run's tag checkpoint.last in MLflow says it")
+        if path and not (path in _KEYWORDS or "://" in path or Path(path).is_file()):
             self.parser.error(f"no checkpoint at {path}: give the path of a .ckpt file with ckpt_path")
 
     def _model_config(self) -> dict[str, object]:
@@ -122,29 +130,44 @@ class LanguageModelCLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None)
         self._say_where()
 
+    def after_validate(self) -> None:
+        """Say where the result is."""
+        self._say_where()
+
     def after_test(self) -> None:
         """Say where the result is."""
         self._say_where()
 
     def predict(self, **kwargs: Any) -> None:
         """Score every token of the test split; the table is an artifact of the run."""
-        predictions: Any = self.trainer.predict(**kwargs)
-        tracker, datamodule = self.trainer.logger, self.datamodule
         if self.trainer.world_size > 1:
             self.parser.error("predict runs on one device: set trainer.devices to 1")
-        if isinstance(tracker, MLflowTracker) and (client := tracker.experiment) and predictions:
-            table = score_table(predictions, datamodule.predict_dataloader(), datamodule.corpus.vocabulary)
+        predictions: Any = self.trainer.predict(**kwargs)
+        tracker, data = tracker_of(self.trainer), self.datamodule
+        if tracker and (client := tracker.experiment):
+            table = score_table(predictions, data.predict_dataloader(), data.corpus.vocabulary)
             client.log_text(str(tracker.run_id), table, "token_log_probs.tsv")
-            print(f"Scores: token_log_probs.tsv of run {tracker.run_id} in {tracker.tracking_uri}")
-            tracker.finalize()
+            print("Scores: artifact token_log_probs.tsv")
+        self._say_where()
 
     @rank_zero_only
     def _say_where(self) -> None:
-        tracker = self.trainer.logger
-        if isinstance(tracker, MLflowTracker):
+        if tracker := tracker_of(self.trainer):
             print(f"Run {tracker.run_name!r}: {tracker.run_id} in {tracker.tracking_uri}")
             print(f"Compare: {comparison_url(tracker.tracking_uri, str(tracker.experiment_id))}")
             tracker.finalize()
+
+
+def _place(error: BaseException) -> str:
+    # An error in somebody else's class is not a mistake in the command line: say where it is.
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    frames = traceback.extract_tb(cause.__traceback__)
+    known = ("lit_sigsoftmax", "lightning", "jsonargparse", "recipes")
+    if not frames or any(part in known for part in Path(frames[-1].filename).parts):
+        return ""
+    return f" ({type(cause).__name__} in {frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import webbrowser
 from collections.abc import Sequence
+from pathlib import Path
 
 from lit_sigsoftmax.tracking import default_tracking_uri, open_client
 from lit_sigsoftmax.views import HOST, PORT, comparison_url
@@ -29,12 +30,10 @@ def serve(args: Sequence[str]) -> None:
     parser.add_argument("--port", type=int, default=PORT, help="port (default: %(default)s)")
     parser.add_argument("--no_browser", action="store_true", help="only print the address")
     options = parser.parse_args(args)
-    client = open_client(options.tracking_uri)
-    experiments = [e for e in client.search_experiments() if e.name != "Default"]
-    if not experiments:
+    experiment_id = _newest_experiment(options.tracking_uri)
+    if experiment_id is None:
         parser.error(f"no runs in {options.tracking_uri} yet: start with lit-sigsoftmax fit or compare")
-    newest = max(experiments, key=lambda e: e.last_update_time or 0)
-    url = comparison_url(options.tracking_uri, newest.experiment_id, options.port)
+    url = comparison_url(options.tracking_uri, experiment_id, port=options.port)
     if options.tracking_uri.startswith("http"):
         _show(url, options.no_browser)
         return
@@ -51,6 +50,16 @@ def serve(args: Sequence[str]) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+def _newest_experiment(tracking_uri: str) -> str | None:
+    path = Path(tracking_uri.removeprefix("sqlite:///"))
+    if tracking_uri.startswith("sqlite:///") and not path.exists():
+        return None  # opening it would make it
+    client = open_client(tracking_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, max_results=1, order_by=["attributes.start_time DESC"])
+    return str(runs[0].info.experiment_id) if runs else None
 
 
 def _start(tracking_uri: str, host: str, port: int) -> subprocess.Popen[bytes]:

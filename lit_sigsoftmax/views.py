@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-__all__ = ["HOST", "PORT", "comparison_url", "experiment_tags"]
+__all__ = ["HOST", "PORT", "comparison_url", "experiment_tags", "study_tags"]
 
 HOST, PORT = "127.0.0.1", 5000
 _VIEW = "head-to-head"
 
 
-def comparison_url(tracking_uri: str, experiment_id: str, port: int = PORT) -> str:
-    """Return the address of an experiment's head-to-head view: on the server, or where ``ui`` serves a local store."""
+def comparison_url(tracking_uri: str, experiment_id: str, study: str | None = None, port: int = PORT) -> str:
+    """Return the address of the page that compares: on the server, or where ``ui`` serves a local store.
+
+    Args:
+        tracking_uri: The store.
+        experiment_id: The experiment.
+        study: Only the runs of this study; all training runs of the experiment by default.
+        port: Where ``ui`` serves.
+    """
     host = tracking_uri.rstrip("/") if tracking_uri.startswith("http") else f"http://{HOST}:{port}"
-    return f"{host}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={_VIEW}"
+    return f"{host}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={_key(study)}"
 
 
 def experiment_tags() -> dict[str, str]:
-    """Return the tags that give an experiment the view behind :func:`comparison_url`."""
-    return {f"mlflow.sharedViewState.{_VIEW}": json.dumps(_view())}
+    """Return the tags that give an experiment its view of all training runs."""
+    return {f"mlflow.sharedViewState.{_VIEW}": json.dumps(_view("tags.kind = 'fit'"))}
 
 
-def _view() -> dict[str, Any]:
+def study_tags(study: str) -> dict[str, str]:
+    """Return the tags that give an experiment its view of one study."""
+    query = f"tags.kind = 'fit' and tags.study = '{study}'"
+    return {f"mlflow.sharedViewState.{_key(study)}": json.dumps(_view(query))}
+
+
+def _key(study: str | None) -> str:
+    return f"{_VIEW}-{re.sub('[^A-Za-z0-9]+', '-', study)}" if study else _VIEW
+
+
+def _view(query: str) -> dict[str, Any]:
     # MLflow's own format of a shared view, which it does not document: a view that a later version cannot read is
     # shown as the plain run list.
     card = {"runsCountToCompare": 100, "deleted": False, "isGenerated": False, "metricSectionId": "head-to-head"}
@@ -52,7 +70,7 @@ def _view() -> dict[str, Any]:
     metrics = ["test/perplexity", "val/best_perplexity", "train/tokens_per_second"]
     groups = [{"mode": "tag", "groupByData": tag} for tag in ("activation", "n_experts")]
     return {
-        "searchFilter": "",
+        "searchFilter": query,
         "orderByKey": "metrics.`test/perplexity`",
         "orderByAsc": True,
         "startTime": "ALL",

@@ -98,3 +98,14 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(first, one.compute())
         assert first == again
         torch.testing.assert_close(float(after_reset), 2 / 3)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(dtype=torch.bfloat16), lambda m: m.half(), lambda m: m.float()])
+def test_sums_keep_their_precision_when_the_model_is_cast(cast):
+    model = torch.nn.ModuleDict({"nll": NegativeLogLikelihood()})
+    metric = cast(model)["nll"]
+    metric.reset()
+    for _ in range(2000):
+        metric.update(torch.full((35,), 4.6, dtype=torch.bfloat16), 35)
+    assert metric.compute().dtype == torch.float64
+    assert metric.compute().item() == pytest.approx(torch.tensor(4.6, dtype=torch.bfloat16).item(), rel=1e-12)

@@ -506,7 +506,7 @@ def test_hyperparameters_are_plain_data(kind):
         model = build(activation=custom_activations()[kind])
     for hparams in (model.hparams, model.hparams_initial):
         assert hparams["activation"] == model.head.activation_spec
-        assert set(hparams) == {"vocab_size", "activation", "n_experts", "tie_weights"}
+        assert set(hparams) == {"vocab_size", "activation", "n_experts", "tie_weights", "bias", "loss_backend"}
 
 
 def test_checkpoint_is_data(trained):

@@ -8,20 +8,22 @@ from typing import Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_sigsoftmax.tracking import MLflowTracker
+from lit_sigsoftmax.tracking import tracker_of
 
 __all__ = ["RunCheckpoint"]
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint by validation loss, and the last, in ``mlruns/checkpoints/<run_id>``.
+    """Keeps the best checkpoint by validation loss in ``mlruns/checkpoints/<run_id>``.
+
+    The command line adds a second one without a monitor, which keeps ``last.ckpt``: with a monitor, Lightning's
+    ``save_last`` keeps the last that was among the best.
 
     Args:
         dirpath: Another folder.
-        filename: Pattern of the best checkpoint's name.
-        monitor: The metric that decides which is best.
+        filename: Pattern of the checkpoint's name.
+        monitor: The metric that decides which is best; None keeps the latest.
         mode: Whether the metric is better when lower or higher.
-        save_last: Whether ``last.ckpt`` is kept too.
         save_top_k: How many of the best are kept.
         save_weights_only: Whether optimizer and loop states are left out; such a checkpoint cannot be continued.
         every_n_epochs: Epochs between checkpoints.
@@ -33,7 +35,6 @@ class RunCheckpoint(ModelCheckpoint):
         filename: str = "best-{step}",
         monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
-        save_last: bool = True,
         save_top_k: int = 1,
         save_weights_only: bool = False,
         every_n_epochs: int | None = None,
@@ -43,16 +44,15 @@ class RunCheckpoint(ModelCheckpoint):
             filename=filename,
             monitor=monitor,
             mode=mode,
-            save_last=save_last,
             save_top_k=save_top_k,
             save_weights_only=save_weights_only,
             every_n_epochs=every_n_epochs,
+            enable_version_counter=False,
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run's folder, the same on all ranks."""
-        tracker = trainer.logger
-        if self.dirpath is None and isinstance(tracker, MLflowTracker):
+        if self.dirpath is None and (tracker := tracker_of(trainer)):
             folder = Path(tracker.save_dir, "checkpoints", str(tracker.run_id)).resolve()
             self.dirpath = trainer.strategy.broadcast(str(folder))
         super().setup(trainer, pl_module, stage)

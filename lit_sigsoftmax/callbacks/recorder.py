@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_sigsoftmax.data import CorpusDataModule
-from lit_sigsoftmax.tracking import MLflowTracker
+from lit_sigsoftmax.data.corpus import SPLITS
+from lit_sigsoftmax.tracking import MLflowTracker, tracker_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 __all__ = ["RunRecorder"]
 
@@ -25,34 +31,36 @@ class RunRecorder(SaveConfigCallback):
     The command line makes it; nothing is recorded where the trainer has no :class:`MLflowTracker`.
     """
 
+    best_perplexity = math.inf
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write parameters, ``config.yaml``, the corpus and versions to the run. Called on rank 0 alone."""
-        tracker = trainer.logger
-        if not isinstance(tracker, MLflowTracker):
+        tracker = tracker_of(trainer)
+        if tracker is None or (client := tracker.experiment) is None:
             return
-        client, run_id = tracker.experiment, str(tracker.run_id)
-        assert client is not None  # rank 0
-        config = self.parser.dump(self.config, skip_none=False)
-        client.log_text(run_id, config, "config.yaml")
+        run_id = str(tracker.run_id)
+        client.log_text(run_id, self.parser.dump(self.config, skip_none=False), "config.yaml")
         params = {key: value for key, value in self.config.as_dict().items() if key != "config"}
         tracker.log_hyperparams({**params, "parameters": count_parameters(pl_module)})
         for key, value in environment().items():
             client.set_tag(run_id, key, value)
-        _log_corpus(tracker, trainer.datamodule)  # type: ignore[attr-defined]
+        _log_corpus(tracker, client, trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the best validation perplexity."""
+        if not trainer.sanity_checking and "val/perplexity" in trainer.callback_metrics:
+            self.best_perplexity = min(self.best_perplexity, trainer.callback_metrics["val/perplexity"].item())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record where the checkpoints are and the best validation perplexity."""
-        tracker, checkpoint = trainer.logger, trainer.checkpoint_callback
-        if not isinstance(tracker, MLflowTracker) or checkpoint is None:
+        tracker = tracker_of(trainer)
+        if tracker is None or (client := tracker.experiment) is None:
             return
-        if (client := tracker.experiment) is None:
-            return
-        for name, path in (("best", "best_model_path"), ("last", "last_model_path")):
-            if value := getattr(checkpoint, path, ""):
-                client.set_tag(str(tracker.run_id), f"checkpoint.{name}", value)
-        best = getattr(checkpoint, "best_model_score", None)
-        if best is not None and getattr(checkpoint, "monitor", None) == "val/loss":
-            tracker.log_metrics({"val/best_perplexity": best.double().exp().item()}, step=0)
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+                kind = "best" if checkpoint.monitor else "last"
+                client.set_tag(str(tracker.run_id), f"checkpoint.{kind}", checkpoint.best_model_path)
+        tracker.log_metrics({"val/best_perplexity": self.best_perplexity}, step=0)
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -80,9 +88,8 @@ def _git(*args: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _log_corpus(tracker: MLflowTracker, datamodule: LightningDataModule | None) -> None:
-    client = tracker.experiment
-    if client is None or not isinstance(datamodule, CorpusDataModule):
+def _log_corpus(tracker: MLflowTracker, client: MlflowClient, datamodule: LightningDataModule | None) -> None:
+    if not isinstance(datamodule, CorpusDataModule):
         return
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
@@ -90,10 +97,10 @@ def _log_corpus(tracker: MLflowTracker, datamodule: LightningDataModule | None) 
 
     source = CodeDatasetSource(tags={"datamodule": f"{type(datamodule).__module__}.{type(datamodule).__qualname__}"})
     corpus = datamodule.corpus
-    dataset: Any = MetaDataset(  # type: ignore[abstract]
-        source, name=corpus.name, digest=corpus.fingerprint
-    )
+    dataset: Any = MetaDataset(source, name=corpus.name, digest=corpus.fingerprint)  # type: ignore[abstract]
     tags = [InputTag("mlflow.data.context", "train")]
     client.log_inputs(str(tracker.run_id), [DatasetInput(dataset._to_mlflow_entity(), tags=tags)])
-    sizes = {"types": len(corpus.vocabulary)} | {s: len(getattr(corpus, s)) for s in ("train", "valid", "test")}
-    tracker.log_hyperparams({"corpus": {"fingerprint": corpus.fingerprint, **sizes}})
+    facts: dict[str, Any] = {"types": len(corpus.vocabulary)} | {split: len(getattr(corpus, split)) for split in SPLITS}
+    if (entropy := getattr(datamodule, "entropy", None)) is not None:  # a language that knows its own floor
+        facts |= {"entropy": entropy, "perplexity_floor": math.exp(entropy)}
+    tracker.log_hyperparams({"corpus": {"fingerprint": corpus.fingerprint, **facts}})

@@ -11,7 +11,7 @@ __all__ = ["Throughput"]
 
 
 class Throughput(Callback):
-    """Logs ``train/tokens_per_second`` of each epoch, over all devices, validation and checkpoints left out."""
+    """Logs ``train/tokens_per_second`` of each epoch, over all devices, validation left out."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -37,4 +37,4 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rate."""
         if self.seconds:
-            pl_module.log("train/tokens_per_second", self.tokens / self.seconds)
+            pl_module.log("train/tokens_per_second", self.tokens / self.seconds, sync_dist=True)

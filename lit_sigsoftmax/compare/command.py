@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lit_sigsoftmax.compare.plan import PlannedRun, parse_seeds, plan
 from lit_sigsoftmax.compare.run import check, train
-from lit_sigsoftmax.compare.table import collect, log_summary, rich_table
+from lit_sigsoftmax.compare.table import collect, log_summary, rich_table, study_runs
 from lit_sigsoftmax.tracking import default_tracking_uri, open_client, store_root
 from lit_sigsoftmax.training import resolve_recipes
 from lit_sigsoftmax.views import comparison_url
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 __all__ = ["compare"]
 
@@ -37,18 +42,23 @@ def compare(args: Sequence[str]) -> None:
     options, recipe = parser.parse_known_args(args)
     if options.workers < 1 or min(options.n_experts) < 1:
         parser.error(f"--workers and --n_experts are at least 1, not {min(options.workers, *options.n_experts)}")
+    study = options.study or datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    if not re.fullmatch(r"[\w .:+-]+", study):
+        parser.error(f"--study is of letters, digits, spaces and . : + - _, not {study!r}")
     try:
         runs = plan(options.activations, options.n_experts, parse_seeds(options.seeds))
     except ValueError as error:
         parser.error(str(error))
-    if options.tracking_uri:
-        os.environ["MLFLOW_TRACKING_URI"] = options.tracking_uri
-    study = options.study or datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    recipe = [*resolve_recipes(recipe), f"--trainer.logger.init_args.study={study}"]
+    uri = options.tracking_uri or default_tracking_uri()
+    logger = "--trainer.logger.init_args."
+    recipe = [*resolve_recipes(recipe), f"{logger}study={study}", f"{logger}tracking_uri={uri}"]
     if code := check([[*recipe, *run.arguments] for run in runs if run.seed == runs[0].seed]):
         raise SystemExit(code)
-    failed = _train_all(runs, recipe, study, options.workers)
-    _conclude(study)
+    client = open_client(uri)
+    if study_runs(client, study):
+        parser.error(f"there is a study {study!r} in {uri} already: choose another name with --study")
+    failed = _train_all(runs, recipe, store_root(uri) / "logs" / re.sub(r"\W", "-", study), options.workers)
+    _conclude(client, uri, study)
     if failed:
         raise SystemExit(1)
 
@@ -70,8 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train_all(runs: Sequence[PlannedRun], recipe: Sequence[str], study: str, workers: int) -> int:
-    logs = store_root(default_tracking_uri()) / "logs" / study.replace(":", "-").replace("/", "-")
+def _train_all(runs: Sequence[PlannedRun], recipe: Sequence[str], logs: Path, workers: int) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -96,17 +105,16 @@ def _train_all(runs: Sequence[PlannedRun], recipe: Sequence[str], study: str, wo
         return len(runs) - sum(pool.map(one, runs))
 
 
-def _conclude(study: str) -> None:
-    uri = default_tracking_uri()
-    client = open_client(uri)
-    arms = collect(client, [e.experiment_id for e in client.search_experiments()], study)
+def _conclude(client: MlflowClient, uri: str, study: str) -> None:
+    runs = study_runs(client, study)
+    arms = collect(runs)
     if not arms:
         print("no run has finished: there is nothing to compare", file=sys.stderr)
         return
-    run = client.search_runs([e.experiment_id for e in client.search_experiments()], f"tags.study = '{study}'")[0]
-    log_summary(client, run.info.experiment_id, study, arms)
+    experiment_id = runs[0].info.experiment_id
+    log_summary(client, experiment_id, study, arms)
     Console().print(rich_table(arms, f"study {study}"))
-    print(f"Compare: {comparison_url(uri, run.info.experiment_id)}")
+    print(f"Compare: {comparison_url(uri, experiment_id, study)}")
     if not uri.startswith("http"):
         print("Serve it with: lit-sigsoftmax ui")
 

@@ -25,7 +25,7 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """The run in words, as in ``sigsoftmax x4 seed 2``."""
-        return f"{self.activation.rsplit('.', 1)[-1]} x{self.n_experts} seed {self.seed}"
+        return f"{self.activation} x{self.n_experts} seed {self.seed}"
 
     @property
     def arguments(self) -> list[str]:
@@ -35,8 +35,8 @@ class PlannedRun:
 
 
 def plan(activations: Sequence[str], n_experts: Sequence[int], seeds: Sequence[int]) -> list[PlannedRun]:
-    """Return every combination, seed by seed, so that a study stopped early has all its layers."""
-    return [PlannedRun(a, k, seed) for seed in seeds for k in n_experts for a in activations]
+    """Return every combination once, seed by seed, so that a study stopped early has all its layers."""
+    return list(dict.fromkeys(PlannedRun(a, k, seed) for seed in seeds for k in n_experts for a in activations))
 
 
 def parse_seeds(words: Sequence[str]) -> list[int]:
@@ -53,7 +53,10 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
     for word in words:
         first, dots, last = word.partition("..")
         try:
-            seeds += range(int(first), int(last) + 1) if dots else [int(first)]
+            found = range(int(first), int(last) + 1) if dots else [int(first)]
         except ValueError:
-            raise ValueError(f"a seed is a number, or a range such as 0..4, not {word!r}") from None
+            found = []
+        if not found:
+            raise ValueError(f"a seed is a number, or a range such as 0..4, not {word!r}")
+        seeds += found
     return list(dict.fromkeys(seeds))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
@@ -10,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from lit_sigsoftmax.views import study_tags
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Arm", "collect", "log_summary", "rich_table", "rows"]
+__all__ = ["Arm", "collect", "log_summary", "markdown", "rich_table", "rows", "study_runs"]
 
-_COLUMNS = ("output layer", "seeds", "parameters", "val perplexity", "test perplexity", "tokens/s")
+_COLUMNS = ("output layer", "seeds", "parameters", "val ppl", "test ppl", "tokens/s")
+_METRICS = ("val/best_perplexity", "test/perplexity", "train/tokens_per_second")
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Arm:
         val: Best validation perplexity of each seed.
         test: Test perplexity of each seed, of the checkpoint that was best in validation.
         tokens_per_second: Training speed of each seed's last epoch.
+        diverged: Number of seeds without a finite result, which are in none of the lists.
     """
 
     layer: str
@@ -35,25 +38,39 @@ class Arm:
     val: list[float] = field(default_factory=list)
     test: list[float] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
+    diverged: int = 0
 
 
-def collect(client: MlflowClient, experiment_ids: Sequence[str], study: str) -> list[Arm]:
-    """Read the finished runs of a study.
+def study_runs(client: MlflowClient, study: str) -> list[Any]:
+    """Return the training runs of a study, in whatever state, of all experiments."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query, token, found = f"tags.study = '{study}' and tags.kind = 'fit'", None, []
+    while True:
+        page = client.search_runs(experiments, query, page_token=token)
+        found += list(page)
+        if not (token := page.token):
+            return found
+
+
+def collect(runs: Sequence[Any]) -> list[Arm]:
+    """Gather finished runs by output layer.
 
     Returns:
-        The output layers, lowest mean test perplexity first.
+        The output layers, lowest mean test perplexity first, those without a finite result last.
     """
     arms: dict[str, Arm] = {}
-    by_layer: dict[str, list[Any]] = defaultdict(list)
-    for run in _runs(client, experiment_ids, study):
-        by_layer[f"{run.data.tags['activation']} x{run.data.tags['n_experts']}"].append(run)
-    for layer, runs in by_layer.items():
-        arm = arms[layer] = Arm(layer, int(runs[0].data.params["parameters"]))
-        for run in runs:
-            arm.val.append(run.data.metrics["val/best_perplexity"])
-            arm.test.append(run.data.metrics["test/perplexity"])
-            arm.tokens_per_second.append(run.data.metrics["train/tokens_per_second"])
-    return sorted(arms.values(), key=lambda arm: mean(arm.test))
+    for run in runs:
+        if run.info.status != "FINISHED":
+            continue
+        layer = f"{run.data.tags['activation']} x{run.data.tags['n_experts']}"
+        arm = arms.setdefault(layer, Arm(layer, int(run.data.params["parameters"])))
+        values = [run.data.metrics.get(name) for name in _METRICS]
+        if None in values:
+            arm.diverged += 1
+            continue
+        for sample, value in zip((arm.val, arm.test, arm.tokens_per_second), values, strict=True):
+            sample.append(value)
+    return sorted(arms.values(), key=lambda arm: mean(arm.test) if arm.test else float("inf"))
 
 
 def rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
@@ -61,11 +78,11 @@ def rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
     return [
         (
             arm.layer,
-            str(len(arm.test)),
+            str(len(arm.test)) + (f" ({arm.diverged} diverged)" if arm.diverged else ""),
             f"{arm.parameters:,}",
             _mean_sd(arm.val),
             _mean_sd(arm.test),
-            f"{mean(arm.tokens_per_second):,.0f}",
+            f"{mean(arm.tokens_per_second):,.0f}" if arm.tokens_per_second else "-",
         )
         for arm in arms
     ]
@@ -75,7 +92,7 @@ def rich_table(arms: Sequence[Arm], title: str) -> Table:
     """Return the table for a terminal."""
     table = Table(title=title)
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == _COLUMNS[0] else "right")
+        table.add_column(column, justify="left" if column == _COLUMNS[0] else "right", no_wrap=True)
     for row in rows(arms):
         table.add_row(*row)
     return table
@@ -88,7 +105,7 @@ def markdown(arms: Sequence[Arm]) -> str:
 
 
 def log_summary(client: MlflowClient, experiment_id: str, study: str, arms: Sequence[Arm]) -> str:
-    """Write the table to a run of its own, the study's summary.
+    """Write the table to a run of its own, the study's summary, and give the experiment a view of the study.
 
     Returns:
         The run's id.
@@ -100,17 +117,12 @@ def log_summary(client: MlflowClient, experiment_id: str, study: str, arms: Sequ
     client.log_table(run_id, cells, "comparison.json")
     client.log_text(run_id, text, "comparison.md")
     client.set_terminated(run_id)
+    for key, value in study_tags(study).items():
+        client.set_experiment_tag(experiment_id, key, value)
     return run_id
 
 
-def _runs(client: MlflowClient, experiment_ids: Sequence[str], study: str) -> list[Any]:
-    query, token, found = f"tags.study = '{study}' and attributes.status = 'FINISHED'", None, []
-    while True:
-        page = client.search_runs(list(experiment_ids), query, page_token=token)
-        found += [run for run in page if run.data.tags.get("kind") != "summary"]
-        if not (token := page.token):
-            return found
-
-
 def _mean_sd(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "-"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"

@@ -83,7 +83,13 @@ class Corpus:
         """
         train = list(train)
         vocabulary = Vocabulary.build(train, min_count)
-        return cls(name, vocabulary, *(vocabulary.encode(tokens) for tokens in (train, valid, test)))
+        encoded = []
+        for split, tokens in zip(SPLITS, (train, valid, test), strict=True):
+            try:
+                encoded.append(vocabulary.encode(tokens))
+            except ValueError as error:
+                raise ValueError(f"the {split} split of corpus {name!r}: {error}") from None
+        return cls(name, vocabulary, *encoded)
 
 
 def read_tokens(path: Path) -> list[str]:

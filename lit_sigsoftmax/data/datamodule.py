@@ -74,7 +74,18 @@ class CorpusDataModule(LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Let streams that cannot be cut fail before anything is trained."""
         if stage == "fit":
-            self.train_dataloader()
+            self.check(self._place()[1])
+
+    def check(self, world_size: int) -> None:
+        """Cut all streams for so many devices.
+
+        Raises:
+            ValueError: If a split has fewer tokens than streams, or the training streams do not divide.
+        """
+        corpus, eos_id = self.corpus, self.corpus.vocabulary.eos_id
+        shard(train_streams(corpus.train, self.batch_size, eos_id), 0, world_size, exact=False)
+        eval_streams(corpus.valid, self.eval_batch_size, eos_id)
+        eval_streams(corpus.test, self.test_batch_size, eos_id)
 
     def train_dataloader(self) -> Segments:
         """This rank's training streams."""

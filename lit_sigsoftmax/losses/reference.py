@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_sigsoftmax.activations import Activation
+from lit_sigsoftmax.activations import Activation, widen
 
 
 def reference(
@@ -22,7 +21,5 @@ def reference(
     reduction: Literal["mean", "sum", "none"],
 ) -> Tensor:
     """Return the loss in nats; see :class:`lit_sigsoftmax.losses.Backend`."""
-    logits = F.linear(hidden, weight, bias)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return F.cross_entropy(log_g(logits), target, ignore_index=ignore_index, reduction=reduction)
+    scores = log_g(widen(F.linear(hidden, weight, bias)))
+    return F.cross_entropy(scores, target, ignore_index=ignore_index, reduction=reduction)

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import logging
+import os
 import platform
 import re
 import sysconfig
@@ -104,8 +105,13 @@ def _text_files(stdlib: Path) -> list[Path]:
 
 def _read_sources(stdlib: Path) -> dict[str, bytes]:
     """The source of every module that is read, by its path from ``stdlib``, sorted."""
-    paths = {path.relative_to(stdlib).as_posix(): path for path in stdlib.rglob("*.py")}
-    names = [name for name in sorted(paths) if _SKIPPED.isdisjoint(name.split("/"))]
+    paths: dict[str, Path] = {}
+    for folder, folders, files in os.walk(stdlib):
+        folders[:] = [name for name in folders if name not in _SKIPPED]  # site-packages alone may take a second
+        for file in files:
+            if file.endswith(".py") and file not in _SKIPPED:
+                paths[Path(folder, file).relative_to(stdlib).as_posix()] = Path(folder, file)
+    names = sorted(paths)
     if _TOPICS not in names or len(names) < 100:
         raise FileNotFoundError(
             f"the sources of the standard library are not all in {stdlib}: found {len(names)} modules, "
