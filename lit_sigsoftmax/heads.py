@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lit_sigsoftmax.activations import ActivationSpec, activation_spec, get_activation, widen
 from lit_sigsoftmax.functional import IGNORE_INDEX, linear_cross_entropy, log_normalize
+from lit_sigsoftmax.losses import get_backend
 
 __all__ = ["OutputHead"]
 
@@ -36,7 +37,7 @@ class OutputHead(nn.Module):
         bias: Shape (V,) or None.
 
     Raises:
-        ValueError: A size is below 1, or the activation is unknown.
+        ValueError: A size is below 1, or the activation or the backend is unknown.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class OutputHead(nn.Module):
             if size < 1:
                 raise ValueError(f"{name} is at least 1, not {size}")
         self.hidden_size, self.vocab_size, self.n_experts = hidden_size, vocab_size, n_experts
+        get_backend(backend)  # a name that is unknown shows here
         self.backend = backend
         self.activation_spec = activation_spec(activation)
         # A generator state of its own, seeded by one draw: what is drawn after the head (dropout masks, other weights)
@@ -74,7 +76,7 @@ class OutputHead(nn.Module):
         spec = self.activation_spec
         if isinstance(spec, dict):
             arguments = ", ".join(f"{key}={value}" for key, value in (spec.get("init_args") or {}).items())
-            spec = spec["custom"] if "custom" in spec else f"{spec['class_path']}({arguments})"
+            spec = spec.get("custom") or spec["class_path"] + (f"({arguments})" if arguments else "")
         return f"{spec} x{self.n_experts}"
 
     def log_prob(self, hidden: Tensor) -> Tensor:
