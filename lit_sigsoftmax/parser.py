@@ -9,12 +9,16 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 __all__ = ["Parser", "one_line"]
 
-# What jsonargparse says besides, of the alternatives that a type has and of the whole value.
-_ASIDES = re.compile(r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value")
+# What jsonargparse says besides, of the alternatives that a type has and of a whole object.
+_ASIDES = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:"
+    r"|Given value: (Namespace|NestedArg|\{)"
+)
 
 
 class Parser(LightningArgumentParser):
@@ -32,10 +36,19 @@ def one_line(message: str) -> str:
     """Return the part of an error message that says what is wrong, with the nearest name that would be right."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     kept = " ".join(line for line in lines if line and not _ASIDES.match(line))
-    unknown = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", kept)
-    if unknown and (close := difflib.get_close_matches(unknown[2], _parameters(unknown[1]), n=1)):
-        kept += f"; did you mean {close[0]!r}?"
-    return kept
+    return kept + _suggestion(kept)
+
+
+def _suggestion(message: str) -> str:
+    unknown = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", message)
+    if unknown:
+        name, known = unknown[2], _parameters(unknown[1])
+    elif unknown := re.search(r"(?:option '|--)(trainer\.\w+)", message):
+        name, known = unknown[1], [f"trainer.{parameter}" for parameter in inspect.signature(Trainer).parameters]
+    else:
+        return ""
+    close = [] if name in known else difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _parameters(class_path: str) -> list[str]:

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -107,7 +108,11 @@ class LanguageModelCLI(LightningCLI):
         self._find_checkpoint()
         # LightningCLI lets the checkpoint's hyperparameters win without a word.
         before = dict(flatten(self._model_config()))
-        super()._parse_ckpt_path()
+        try:
+            super()._parse_ckpt_path()
+        except (EOFError, RuntimeError, UnpicklingError) as error:
+            path = self.config[self.config.subcommand]["ckpt_path"]
+            self.parser.error(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}")
         for key, value in flatten(self._model_config()):
             if key in before and before[key] != value:
                 rank_zero_warn(f"model.{key} is {value!r} as in the checkpoint, not {before[key]!r} as configured")
