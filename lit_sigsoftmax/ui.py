@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import time
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from lit_sigsoftmax.tracking import default_tracking_uri, open_client
 from lit_sigsoftmax.views import HOST, PORT, comparison_url
@@ -40,6 +44,7 @@ def serve(args: Sequence[str]) -> None:
     with socket.socket() as probe:
         if probe.connect_ex((options.host, options.port)) == 0:
             parser.error(f"port {options.port} is in use: choose another with --port")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server ends with this process
     server = _start(options.tracking_uri, options.host, options.port)
     try:
         _wait(server, options.host, options.port)
@@ -48,8 +53,7 @@ def serve(args: Sequence[str]) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        server.terminate()
-        server.wait()
+        _end(server)
 
 
 def _newest_experiment(tracking_uri: str) -> str | None:
@@ -67,6 +71,17 @@ def _start(tracking_uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
     command += ["--host", host, "--port", str(port), "--workers", "1"]
     # MLflow's job runner would add eight processes that this UI has no use for.
     return subprocess.Popen(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    # MLflow's command does not always take its web server along.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(process)
+            _, family = psutil.wait_procs(family, timeout=10)
 
 
 def _wait(server: subprocess.Popen[bytes], host: str, port: int, seconds: float = 60.0) -> None:

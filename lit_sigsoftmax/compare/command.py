@@ -43,8 +43,9 @@ def compare(args: Sequence[str]) -> None:
     if options.workers < 1 or min(options.n_experts) < 1:
         parser.error(f"--workers and --n_experts are at least 1, not {min(options.workers, *options.n_experts)}")
     study = options.study or datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    if not re.fullmatch(r"[\w .:+-]+", study):
-        parser.error(f"--study is of letters, digits, spaces and . : + - _, not {study!r}")
+    # Runs get the name as a YAML value and are found by it in a quoted query: it must be a plain word to both.
+    if not re.fullmatch(r"(?!null$|true$|false$)\w(?!.*: )[\w .:+-]*", study, re.IGNORECASE):
+        parser.error(f"--study is a name of letters, digits, spaces and . : + - _, not {study!r}")
     try:
         runs = plan(options.activations, options.n_experts, parse_seeds(options.seeds))
     except ValueError as error:
