@@ -50,7 +50,16 @@ def served(store, tmp_path, *arguments):
     command = [*SCRIPT, "ui", "--no_browser", "--port", str(port), *arguments]
     env = {**os.environ, "MLFLOW_TRACKING_URI": store.uri, "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=store.folder, env=env, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=store.folder,
+            env=env,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            # As at a terminal: what a shell runs in the background inherits that interrupts are ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         head = r"^Head to head: (http\S+)$"
         address = wait_for(
