@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Arm", "collect", "log_summary", "markdown", "rich_table", "rows", "study_runs"]
 
-_COLUMNS = ("output layer", "seeds", "parameters", "val ppl", "test ppl", "tokens/s")
+_COLUMNS = ("output layer", "seeds", "params", "val ppl", "test ppl", "tokens/s")
 _METRICS = ("val/best_perplexity", "test/perplexity", "train/tokens_per_second")
 
 
