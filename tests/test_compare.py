@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from statistics import mean, stdev
 
@@ -40,10 +41,13 @@ def log_g(z):
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+def processes(tmp_path_factory, empty_store):
     """Three comparisons at the same time: one that works, one with a layer that raises, one with a mistake."""
     study, failing, mistaken = (tmp_path_factory.mktemp(name) for name in ("study", "failing", "mistaken"))
     (failing / "raises.py").write_text(RAISES)
+    for folder in (study, failing):
+        (folder / "mlruns").mkdir()
+        shutil.copy(empty_store, folder / "mlruns")
     layers = ["--activations", "softmax", "sigsoftmax", "--n_experts", "1", "2", "--seeds", "0..1", "--workers", "2"]
     with ThreadPoolExecutor() as pool:
         done = pool.map(

@@ -287,7 +287,7 @@ def test_tied_and_frozen_parameters_are_counted_as_they_are_trained():
 def test_the_speed_is_that_of_all_devices_without_validation():
     logged = {}
     trainer, module = (
-        SimpleNamespace(world_size=2),
+        SimpleNamespace(world_size=2, callback_metrics={}),
         SimpleNamespace(log=lambda name, rate, **_: logged.update({name: rate})),
     )
     batch = (torch.zeros(4, 5), torch.zeros(4, 5))

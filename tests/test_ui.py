@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 import urllib.request
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -42,38 +41,39 @@ def wait_for(condition, seconds, message):
     return found
 
 
-@contextlib.contextmanager
-def served(store, tmp_path, *arguments):
+class UI:
     """The running command, its output and its processes; whatever is left of them ends with the block."""
-    log = tmp_path / "ui.log"
-    port = free_port()
-    command = [*SCRIPT, "ui", "--no_browser", "--port", str(port), *arguments]
-    env = {**os.environ, "MLFLOW_TRACKING_URI": store.uri, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            cwd=store.folder,
-            env=env,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            # As at a terminal: what a shell runs in the background inherits that interrupts are ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    try:
-        head = r"^Head to head: (http\S+)$"
-        address = wait_for(
-            lambda: re.search(head, log.read_text(), re.M) or (process.poll() is not None and process.returncode),
-            200,
-            log.read_text,
-        )
-        assert process.poll() is None, log.read_text()
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        yield SimpleNamespace(process=process, log=log, port=port, address=address[1], family=family)
-    finally:
+
+    def __init__(self, store, log):
+        self.log, self.port = log, free_port()
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [*SCRIPT, "ui", "--no_browser", "--port", str(self.port)],
+                cwd=store.folder,
+                env={**os.environ, "MLFLOW_TRACKING_URI": store.uri, "OMP_NUM_THREADS": "1"},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                # As at a terminal: what a shell runs in the background inherits that interrupts are ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(60)
+
+    def wait(self):
+        """Return the printed address, and remember the processes behind it."""
+        head = r"^Head to head: (http\S+)$"
+        wait_for(lambda: re.search(head, self.log.read_text(), re.M) or self.process.poll(), 200, self.log.read_text)
+        assert self.process.poll() is None, self.log.read_text()
+        self.family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        assert len(self.family) > 1
+        return re.search(head, self.log.read_text(), re.M)[1]
 
 
 def get(url, body=None):
@@ -87,49 +87,46 @@ def ended(family):
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
 
 
+def check_page(ui, address, store, run):
+    assert address == comparison_url(store.uri, run.experiment_id, port=ui.port)
+    assert address.startswith(f"http://127.0.0.1:{ui.port}/#/experiments/{run.experiment_id}/runs?")
+    listening = {
+        connection.laddr
+        for process in ui.family
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", ui.port)}
+
+    root = f"http://127.0.0.1:{ui.port}"
+    status, page = get(f"{root}/")
+    assert status == 200
+    assert b"<title>MLflow</title>" in page
+    found = json.loads(get(f"{root}/api/2.0/mlflow/experiments/search", {"max_results": 10})[1])["experiments"]
+    tags = {e["name"]: {tag["key"]: tag["value"] for tag in e.get("tags", [])} for e in found}
+    key = re.search(r"viewStateShareKey=([\w-]+)", address)[1]
+    view = json.loads(tags["new corpus"][f"mlflow.sharedViewState.{key}"])
+    assert view["useGroupedValuesInCharts"] is True
+    assert "test/perplexity" in {chart["metricKey"] for chart in view["compareRunCharts"]}
+    search = {"experiment_ids": [run.experiment_id], "filter": view["searchFilter"]}
+    runs = json.loads(get(f"{root}/api/2.0/mlflow/runs/search", search)[1])["runs"]
+    assert [found["info"]["run_id"] for found in runs] == [run.run_id]
+
+
 @pytest.mark.slow
-def test_the_page_is_served_to_this_machine_until_interrupted(store, tmp_path):
+def test_the_page_is_served_to_this_machine_until_interrupted_or_terminated(store, tmp_path):
     record(store, "old corpus")
     run = record(store, "new corpus", activation="sigsoftmax")
-    with served(store, tmp_path) as ui:
-        assert ui.address == comparison_url(store.uri, run.experiment_id, port=ui.port)
-        assert ui.address.startswith(f"http://127.0.0.1:{ui.port}/#/experiments/{run.experiment_id}/runs?")
-        listening = {
-            connection.laddr
-            for process in ui.family
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        }
-        assert listening == {("127.0.0.1", ui.port)}
-
-        root = f"http://127.0.0.1:{ui.port}"
-        status, page = get(f"{root}/")
-        assert status == 200
-        assert b"<title>MLflow</title>" in page
-        found = json.loads(get(f"{root}/api/2.0/mlflow/experiments/search", {"max_results": 10})[1])["experiments"]
-        tags = {e["name"]: {tag["key"]: tag["value"] for tag in e.get("tags", [])} for e in found}
-        key = re.search(r"viewStateShareKey=([\w-]+)", ui.address)[1]
-        view = json.loads(tags["new corpus"][f"mlflow.sharedViewState.{key}"])
-        assert view["useGroupedValuesInCharts"] is True
-        assert "test/perplexity" in {chart["metricKey"] for chart in view["compareRunCharts"]}
-        search = {"experiment_ids": [run.experiment_id], "filter": view["searchFilter"]}
-        runs = json.loads(get(f"{root}/api/2.0/mlflow/runs/search", search)[1])["runs"]
-        assert [found["info"]["run_id"] for found in runs] == [run.run_id]
-
-        ui.process.send_signal(signal.SIGINT)
-        assert ui.process.wait(60) == 0
-        assert "Traceback" not in ui.log.read_text()
-        wait_for(lambda: ended(ui.family), 30, lambda: f"left behind: {ui.family}")
-
-
-@pytest.mark.slow
-def test_a_terminated_ui_leaves_no_server_behind(store, tmp_path):
-    record(store, "corpus")
-    with served(store, tmp_path) as ui:
-        assert len(ui.family) > 1
-        ui.process.terminate()
-        ui.process.wait(60)
-        wait_for(lambda: ended(ui.family), 30, lambda: f"left behind: {ui.family}")
+    with UI(store, tmp_path / "interrupted.log") as interrupted, UI(store, tmp_path / "terminated.log") as terminated:
+        check_page(interrupted, interrupted.wait(), store, run)
+        terminated.wait()
+        interrupted.process.send_signal(signal.SIGINT)
+        terminated.process.terminate()
+        assert interrupted.process.wait(60) == 0
+        assert "Traceback" not in interrupted.log.read_text()
+        terminated.process.wait(60)
+        for ui in (interrupted, terminated):
+            wait_for(lambda: ended(ui.family), 30, lambda: f"left behind: {ui.family}")  # noqa: B023
 
 
 def error_of(capsys, *arguments):

@@ -38,3 +38,5 @@ class Throughput(Callback):
         """Log the rate."""
         if self.seconds:
             pl_module.log("train/tokens_per_second", self.tokens / self.seconds, sync_dist=True)
+            # The average is taken when it is first read: here on all ranks, not later by rank 0's progress bar alone.
+            _ = trainer.callback_metrics
