@@ -37,6 +37,6 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rate."""
         if self.seconds:
-            pl_module.log("train/tokens_per_second", self.tokens / self.seconds, sync_dist=True)
-            # The average is taken when it is first read: here on all ranks, not later by rank 0's progress bar alone.
-            _ = trainer.callback_metrics
+            # By rank 0's clock: the ranks keep step. An average over them would be taken when it is first read, which
+            # the progress bar does on rank 0 alone, and then waits for ever.
+            pl_module.log("train/tokens_per_second", self.tokens / self.seconds, rank_zero_only=True, sync_dist=True)
