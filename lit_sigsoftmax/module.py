@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
-# The one private name used: it tells the constructor that the command line builds the model, from plain data.
+# A private name: it tells the constructor that the command line builds the model, from plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -100,21 +100,21 @@ class LanguageModel(LightningModule):
 
         Args:
             batch: Input and target token ids, int64, shape (batch, time) each.
-            stage: ``"train"``, ``"val"`` or ``"test"``; each carries a state of its own.
+            stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``; each carries a state of its own.
 
         Returns:
             Nats, shape (batch, time), zero where the target is ignored.
         """
         tokens, target = batch
         hidden, state = self(tokens, self._state.get(stage))
-        if stage != "train":
-            _check_context(state is not None, getattr(self.trainer, "datamodule", None))
         # Truncated back-propagation through time: the next segment sees the state, not its gradient.
         self._state[stage] = apply_to_collection(state, Tensor, Tensor.detach)
         return self.head.nll(hidden, target)
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         nll, count = self.token_nll(batch, stage), (batch[1] != IGNORE_INDEX).sum()
+        if stage != "train":
+            self._check_context(stage)
         self._metric(stage).update(nll, count)
         return nll.sum() / count
 
@@ -134,7 +134,9 @@ class LanguageModel(LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the log-probability of each target token, nats, shape (batch, time)."""
-        return -self.token_nll(batch, "predict")
+        nll = self.token_nll(batch, "predict")
+        self._check_context("predict")
+        return -nll
 
     def on_train_epoch_start(self) -> None:
         """Start the training streams with fresh state and sums."""
@@ -207,25 +209,26 @@ class LanguageModel(LightningModule):
         self._state.pop(stage, None)
         self._metric(stage).reset()
 
+    def _check_context(self, stage: str) -> None:
+        context_min = getattr(getattr(self.trainer, "datamodule", None), "context_min", None)
+        carries_state = self._state[stage] is not None
+        if carries_state and context_min:
+            raise ValueError(
+                f"data.context_min is {context_min}, but the backbone carries its state from segment to segment and "
+                "would read the overlap twice: set data.context_min to 0"
+            )
+        if not carries_state and context_min == 0:
+            rank_zero_warn(
+                "the backbone carries no state and data.context_min is 0: the first predictions of an evaluation "
+                "segment see almost nothing, and perplexity depends on data.bptt. Set data.context_min to let them see "
+                "more"
+            )
+
     def _log_sums(self, stage: str) -> None:
         loss = self._metric(stage).compute()
         # Every rank has the same sums already; sync_dist only says so.
         self.log(f"{stage}/loss", loss, sync_dist=True)
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True, sync_dist=True)
-
-
-def _check_context(carries_state: bool, datamodule: Any) -> None:
-    context_min = getattr(datamodule, "context_min", None)
-    if carries_state and context_min:
-        raise ValueError(
-            f"data.context_min is {context_min}, but the backbone carries its state from segment to segment and would "
-            "read the overlap twice: set data.context_min to 0"
-        )
-    if not carries_state and context_min == 0:
-        rank_zero_warn(
-            "the backbone carries no state and data.context_min is 0: the first predictions of an evaluation segment "
-            "see almost nothing, and perplexity depends on data.bptt. Set data.context_min to let them see more"
-        )
 
 
 def _sizes(backbone: nn.Module, vocab_size: int | None) -> tuple[int, int]:

@@ -323,6 +323,15 @@ def test_overlapping_windows_are_for_models_without_state(trainer):
     assert losses[0][0]["test/loss"] == pytest.approx(losses[1][0]["test/loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
+def test_token_nll_needs_no_trainer(stage):
+    model, (tokens, target) = build("gru"), batch(2, 6)
+    whole = model.token_nll((tokens, target), stage)
+    model = build("gru")
+    parts = [model.token_nll((tokens[:, half], target[:, half]), stage) for half in (slice(0, 3), slice(3, 6))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
 def test_validation_and_test_log_loss_and_perplexity(trainer):
     model, run = build(), trainer(max_epochs=2)
     data = TinyData(bptt=20)
