@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-__all__ = ["MLflowTracker", "default_tracking_uri", "open_client", "store_root", "tracker_of"]
+__all__ = ["MLflowTracker", "default_tracking_uri", "open_client", "sqlite_path", "store_root", "tracker_of"]
 
 _SQLITE = "sqlite:///"
 
@@ -39,8 +39,13 @@ def default_tracking_uri() -> str:
 
 def store_root(tracking_uri: str) -> Path:
     """Return the folder of a local store, or ``mlruns`` for a store elsewhere: where checkpoints go."""
-    path = tracking_uri.removeprefix(_SQLITE)
-    return Path(path).parent if tracking_uri.startswith(_SQLITE) else Path("mlruns")
+    path = sqlite_path(tracking_uri)
+    return path.parent if path else Path("mlruns")
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """Return the database file of a local store, None for a store elsewhere."""
+    return Path(tracking_uri.removeprefix(_SQLITE)) if tracking_uri.startswith(_SQLITE) else None
 
 
 def open_client(tracking_uri: str) -> MlflowClient:
@@ -58,7 +63,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     with _turn(tracking_uri):
         client = MlflowClient(tracking_uri)
-        if tracking_uri.startswith(_SQLITE):
+        if sqlite_path(tracking_uri):
             client.search_experiments(max_results=1)  # the first query migrates
     return client
 
@@ -219,8 +224,8 @@ def get_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
                 f"--experiment-id {found.experiment_id}, or name another with trainer.logger.init_args.experiment_name"
             )
         return str(found.experiment_id)
-    local = tracking_uri.startswith(_SQLITE)
-    location = (store_root(tracking_uri) / "artifacts").resolve().as_uri() if local else None
+    path = sqlite_path(tracking_uri)
+    location = (path.parent / "artifacts").resolve().as_uri() if path else None
     try:
         return str(client.create_experiment(name, artifact_location=location, tags=experiment_tags()))
     except MlflowException:  # another process made it in between
@@ -243,8 +248,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _turn(tracking_uri: str) -> Any:
-    if not tracking_uri.startswith(_SQLITE):
+    if not (path := sqlite_path(tracking_uri)):
         return nullcontext()
-    path = Path(tracking_uri.removeprefix(_SQLITE))
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock")

@@ -12,11 +12,10 @@ import sys
 import time
 import webbrowser
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
-from lit_sigsoftmax.tracking import default_tracking_uri, open_client
+from lit_sigsoftmax.tracking import default_tracking_uri, open_client, sqlite_path
 from lit_sigsoftmax.views import HOST, PORT, comparison_url
 
 __all__ = ["serve"]
@@ -57,8 +56,7 @@ def serve(args: Sequence[str]) -> None:
 
 
 def _newest_experiment(tracking_uri: str) -> str | None:
-    path = Path(tracking_uri.removeprefix("sqlite:///"))
-    if tracking_uri.startswith("sqlite:///") and not path.exists():
+    if (path := sqlite_path(tracking_uri)) and not path.exists():
         return None  # opening it would make it
     client = open_client(tracking_uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
