@@ -90,8 +90,8 @@ class LanguageModelCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a second checkpoint callback for the last state."""
-        best = self._get(self.config_init, "checkpoint")
-        last = RunCheckpoint(best.dirpath, "last", monitor=None, every_n_epochs=best._every_n_epochs)
+        best = self._get(self.config, "checkpoint")
+        last = RunCheckpoint(best.dirpath, "last", monitor=None, every_n_epochs=best.every_n_epochs)
         self.trainer_defaults["callbacks"] = [*self.trainer_defaults["callbacks"], last]
         return super().instantiate_trainer(**kwargs)
 
