@@ -10,7 +10,7 @@ import torch
 
 from lit_sigsoftmax.data import EOS, UNK, Corpus, Vocabulary, cache_dir, load_text_corpus, read_tokens
 from lit_sigsoftmax.data import corpus as corpus_module
-from lit_sigsoftmax.data.storage import atomic_write, exclusive
+from lit_sigsoftmax.storage import atomic_write, exclusive
 
 SPLITS = ("train", "valid", "test")
 # Children inherit the parent's patches and imports

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_sigsoftmax.data.storage import atomic_write, cache_dir, exclusive
 from lit_sigsoftmax.data.vocabulary import EOS, Vocabulary
+from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
 __all__ = ["SPLITS", "Corpus", "cache_dir", "load_text_corpus", "read_tokens"]
 

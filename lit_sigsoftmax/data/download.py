@@ -14,7 +14,7 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from lit_sigsoftmax.data.storage import atomic_write, exclusive
+from lit_sigsoftmax.storage import atomic_write, exclusive
 
 __all__ = ["DownloadError", "download", "extract_member"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lit_sigsoftmax.data import Corpus, CorpusDataModule, cache_dir, read_tokens
 from lit_sigsoftmax.data.corpus import SPLITS
-from lit_sigsoftmax.data.storage import atomic_write, exclusive
+from lit_sigsoftmax.storage import atomic_write, exclusive
 
 __all__ = ["PythonDocs"]
 
