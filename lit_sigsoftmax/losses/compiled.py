@@ -1,0 +1,139 @@
+"""The elementwise part of the loss in one compiled pass on the CPU: an optional fast path, off without a C++ compiler.
+
+A backend that works in chunks of rows has their logits in the cache and needs loss and gradient. In PyTorch, each step
+of the formula is one more pass over the chunk; ``compiled.cpp`` does them all while a row is in the cache. It is
+compiled for this machine when first used (a second or two) and kept in the cache folder. Without a compiler, or with
+``LIT_SIGSOFTMAX_COMPILE=0``, nothing is served and the caller does it in PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
+
+__all__ = ["COMPILE_VARIABLE", "available", "score_and_differentiate", "serves"]
+
+COMPILE_VARIABLE = "LIT_SIGSOFTMAX_COMPILE"
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+# Not -ffast-math: it drops infinities, and its startup code would flush denormals in the whole process.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+
+
+def available() -> bool:
+    """Whether the compiled pass can be used in this process. The first call may compile it; none raises.
+
+    A compilation that fails warns, once.
+    """
+    return _library() is not None
+
+
+def serves(activation: str | None) -> bool:
+    """Whether :func:`score_and_differentiate` knows the activation of this name; ``None`` is a custom one."""
+    return activation is not None and hasattr(_library(), f"rows_{activation}")
+
+
+def score_and_differentiate(
+    logits: Tensor, target: Tensor, activation: str, row_weight: Tensor, need_grad: bool
+) -> Tensor:
+    """Turn rows of logits into their negative log-likelihoods and, in place, into gradients.
+
+    With ``p`` the distribution of a row and ``y`` its target, one-hot, the row becomes
+    ``row_weight * (p - y) * d log_g / dz``. Uses as many threads as PyTorch.
+
+    Args:
+        logits: Shape (n, V), float32, contiguous, on the CPU. Overwritten if ``need_grad``.
+        target: Shape (n,), int64. Negative ones are ignored: their loss and gradient are 0.
+        activation: A registered name that :func:`serves` accepts.
+        row_weight: Shape (n,), float32: the derivative of the whole loss with respect to that of the row.
+        need_grad: Whether to overwrite ``logits`` with the gradient.
+
+    Returns:
+        Nats, not weighted, shape (n,), float32: within float32's rounding of the float64 value. So is the gradient, but
+        that a probability below ``exp(-64)`` of the row's largest counts as 0.
+
+    Raises:
+        ValueError: The tensors are not as described, or the activation is not served.
+        IndexError: A target is not below V.
+    """
+    rows, columns = logits.shape
+    for name, tensor, shape, dtype in (
+        ("logits", logits, (rows, columns), torch.float32),
+        ("target", target, (rows,), torch.int64),
+        ("row_weight", row_weight, (rows,), torch.float32),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: "
+                f"expected {shape}, {dtype}, contiguous, on the CPU"
+            )
+    if not serves(activation):
+        raise ValueError(f"the compiled pass does not serve the output activation {activation!r}: ask serves() first")
+    if rows and (largest := int(target.max())) >= columns:
+        raise IndexError(f"target {largest} is out of bounds: there are {columns} logits")
+    nll = torch.empty(rows)
+    getattr(_library(), f"rows_{activation}")(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, target, row_weight, nll)),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_int(need_grad),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return nll
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None or os.name != "posix" or os.environ.get(COMPILE_VARIABLE) == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(
+            f"the faster loss could not be compiled, so PyTorch's operations do its work: {reason}\n"
+            f"{COMPILE_VARIABLE}=0 turns it off and this warning too.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """Compile for this machine, unless that is in the cache, and return the library's path."""
+    # What the compiler predefines names its version and every extension of the processor: a home folder may be shared.
+    machine = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    digest = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), machine])).hexdigest()
+    path = _private(cache_dir() / "compiled") / f"{_SOURCE.stem}-{digest[:16]}.so"
+    with exclusive(path):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                _run(compiler, *_FLAGS, "-shared", str(_SOURCE), "-o", f"{folder}/library.so")
+                with atomic_write(path) as file:
+                    file.write(Path(folder, "library.so").read_bytes())
+    return path
+
+
+def _run(*command: str) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def _private(folder: Path) -> Path:
+    """Make a folder that nobody else can write to: what lies in it is run."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} belongs to somebody else or can be written by others: make it yours alone (chmod 700)")
+    return folder

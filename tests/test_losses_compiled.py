@@ -1,0 +1,250 @@
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from references import FORMULAS
+from torch.nn import functional as F
+
+from lit_sigsoftmax.activations import get_activation
+from lit_sigsoftmax.losses import compiled
+from lit_sigsoftmax.losses.compiled import COMPILE_VARIABLE, available, score_and_differentiate, serves
+from lit_sigsoftmax.storage import CACHE_VARIABLE
+
+COMPILER = os.environ.get("CXX") or "c++"
+
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: no {COMPILER}")
+every_activation = pytest.mark.parametrize("name", FORMULAS)
+
+
+def draw(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, columns, generator=generator)
+    return logits, torch.randint(columns, (rows,), generator=generator), torch.rand(rows, generator=generator)
+
+
+def exact(logits, target, name, row_weight):
+    """The loss of each row and the gradient of their weighted sum, by autograd in float64."""
+    logits = logits.double().requires_grad_()
+    nll = F.cross_entropy(get_activation(name)(logits), target, reduction="none", ignore_index=-100)
+    (gradient,) = torch.autograd.grad((nll * row_weight.double()).sum(), logits)
+    return nll.detach(), gradient
+
+
+LOGITS = {
+    "ordinary": lambda z: 3 * z,
+    "wide": lambda z: 1e4 * torch.tanh(z),
+    "around 60": lambda z: 60 + 5 * z,
+    "around -60": lambda z: -60 + 5 * z,
+    "far above": lambda z: 1e4 + z,
+    "far below": lambda z: -1e4 + z,
+    "equal": lambda z: 0 * z - 7,
+    "masked": lambda z: torch.where(torch.arange(z.shape[1]) % 3 == 1, -torch.inf, z),
+}
+
+
+@needs_compiler
+@every_activation
+@pytest.mark.parametrize("columns", [1, 3, 16, 1000, 33278])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_rows_match_autograd_in_float64(kind, columns, name):
+    noise, target, row_weight = draw(5, columns)
+    logits = LOGITS[kind](noise)
+    target[logits.gather(1, target[:, None])[:, 0] == -torch.inf] = 0  # a masked target costs infinitely much
+    nll, gradient = exact(logits, target, name, row_weight)
+    if kind == "masked":  # autograd has 0 / 0 there
+        gradient = gradient.nan_to_num(0.0)
+
+    actual = score_and_differentiate(logits, target, name, row_weight, need_grad=True)
+
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), nll, rtol=3e-7, atol=1e-6)
+    torch.testing.assert_close(logits.double(), gradient, rtol=3e-7, atol=1e-6)
+
+
+@needs_compiler
+@every_activation
+def test_gradient_of_a_small_probability_keeps_its_digits(name):
+    logits, target, row_weight = draw(8, 500)
+    logits[:, 0] += 15  # the others have some e^-15 of the probability
+    target[:] = 0
+    _, gradient = exact(logits, target, name, row_weight)
+    score_and_differentiate(logits, target, name, row_weight, need_grad=True)
+    torch.testing.assert_close(logits[:, 1:].double(), gradient[:, 1:], rtol=3e-6, atol=0)
+
+
+@needs_compiler
+@every_activation
+def test_without_gradient_the_logits_stay(name):
+    logits, target, row_weight = draw(7, 1100)
+    before = logits.clone()
+    nll = score_and_differentiate(logits, target, name, row_weight, need_grad=False)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(nll, score_and_differentiate(logits, target, name, row_weight, need_grad=True))
+
+
+@needs_compiler
+@every_activation
+def test_ignored_rows_cost_nothing_whatever_they_hold(name):
+    logits, target, row_weight = draw(4, 50)
+    _, gradient = exact(logits, target, name, row_weight)
+    target[1], target[2] = -100, -1
+    logits[1] = torch.nan
+    nll = score_and_differentiate(logits, target, name, row_weight, need_grad=True)
+    assert nll[1:3].tolist() == [0, 0]
+    assert not logits[1:3].any()
+    torch.testing.assert_close(logits[[0, 3]].double(), gradient[[0, 3]], rtol=3e-7, atol=1e-6)
+
+
+@needs_compiler
+@every_activation
+@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("place", [0, 7, 1050])
+def test_nan_is_not_hidden(place, need_grad, name):
+    logits, target, row_weight = draw(2, 1060)
+    logits[1, place] = torch.nan
+    nll = score_and_differentiate(logits, target, name, row_weight, need_grad)
+    assert nll.isnan().tolist() == [False, True]
+
+
+@needs_compiler
+@every_activation
+def test_threads_do_not_change_the_result(name):
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits, target, row_weight = draw(50, 300)
+            results.append((score_and_differentiate(logits, target, name, row_weight, need_grad=True), logits))
+    finally:
+        torch.set_num_threads(before)
+    for nll, gradient in results[1:]:
+        assert torch.equal(nll, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@needs_compiler
+def test_no_rows():
+    logits, target, row_weight = draw(0, 5)
+    assert score_and_differentiate(logits, target, "softmax", row_weight, need_grad=True).shape == (0,)
+
+
+@needs_compiler
+def test_serves_registered_names_alone():
+    assert available()
+    assert all(serves(name) for name in FORMULAS)
+    assert not any(serves(name) for name in (None, "", "torch.nn.functional.logsigmoid", "no_such_activation"))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3).double()}, r"logits is \(2, 3\), torch.float64 on cpu: expected .*float32"),
+        ({"logits": torch.zeros(3, 2).t()}, "logits .* contiguous"),
+        ({"target": torch.zeros(2, dtype=torch.int32)}, "target is .*int32 .*expected .*int64"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, r"target is \(3,\).*expected \(2,\)"),
+        ({"row_weight": torch.ones(2, 1)}, r"row_weight is \(2, 1\)"),
+        ({"activation": "no_such_activation"}, "does not serve the output activation 'no_such_activation'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    arguments = {
+        "logits": torch.zeros(2, 3),
+        "target": torch.zeros(2, dtype=torch.int64),
+        "activation": "softmax",
+        "row_weight": torch.ones(2),
+    }
+    with pytest.raises(ValueError, match=message):
+        score_and_differentiate(**{**arguments, **change}, need_grad=True)
+
+
+@needs_compiler
+def test_target_outside_the_vocabulary_is_an_error():
+    logits, _, row_weight = draw(2, 3)
+    with pytest.raises(IndexError, match="target 3 is out of bounds: there are 3 logits"):
+        score_and_differentiate(logits, torch.tensor([0, 3]), "softmax", row_weight, need_grad=True)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache folder, and a module that has not looked for its library yet."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    compiled._library.cache_clear()
+    yield tmp_path / "compiled"
+    compiled._library.cache_clear()
+
+
+def libraries(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+ASK = "from lit_sigsoftmax.losses.compiled import serves; print(serves('sigsoftmax'))"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_processes_that_start_together_share_one_compilation(fresh):
+    asking = [subprocess.Popen([sys.executable, "-c", ASK], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0] for process in asking] == ["True\n", "True\n"]
+    (library,) = libraries(fresh)
+    assert fresh.stat().st_mode & 0o777 == 0o700
+    written = (fresh / library).stat().st_mtime_ns
+
+    assert available()
+    assert (fresh / library).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("switch", [{COMPILE_VARIABLE: "0"}, {"PATH": ""}, {"CXX": "no-such-compiler"}])
+def test_off_without_a_word(switch, fresh, monkeypatch):
+    for variable, value in switch.items():
+        monkeypatch.setenv(variable, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not available()
+        assert not serves("softmax")
+    assert not fresh.exists()
+    with pytest.raises(ValueError, match="does not serve"):
+        score_and_differentiate(*draw(1, 2)[:2], "softmax", torch.ones(1), need_grad=False)
+
+
+def test_failing_compiler_warns_once(fresh, tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'out of order' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.warns(UserWarning, match=f"could not be compiled(?s:.)*out of order(?s:.)*{COMPILE_VARIABLE}=0"):
+        assert not available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not serves("softmax")
+
+
+def expose(folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(expose, "can be written by others"), (lambda folder: folder.write_text(""), "File exists")],
+    ids=["writable by others", "a file"],
+)
+def test_folder_that_is_not_safe_is_refused(spoil, message, fresh):
+    spoil(fresh)
+    with pytest.warns(UserWarning, match=message):
+        assert not available()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_damaged_library_is_named(fresh):
+    subprocess.run([sys.executable, "-c", ASK], check=True)  # another process: this one keeps what it once loaded
+    (library,) = libraries(fresh)
+    (fresh / library).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=library):
+        assert not available()
