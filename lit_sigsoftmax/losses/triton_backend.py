@@ -1,0 +1,225 @@
+"""The loss on a GPU, by Triton kernels: logits exist a tile at a time, in float32, and are never stored.
+
+Forward is one matrix product whose tiles end in the activation and an online log-sum-exp (Milakov and Gimelshein,
+"Online normalizer calculation for softmax", 2018). Backward computes the tiles again, a part of the vocabulary at a
+time, and leaves the products of their gradient with weight and hidden to the vendor's library: four matrix products of
+the logits' size, where the reference has three and stores the logits. No atomics: the same call gives the same bits, as
+long as Triton's tuning picks the same tiles.
+
+Memory beyond inputs and gradients is O((N + V) d). The kernels know an activation by a pair of value and derivative,
+which :mod:`lit_sigsoftmax.losses.triton_kernels` holds; another one is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_sigsoftmax.activations import Activation
+from lit_sigsoftmax.losses.reduction import mix, reduce
+
+__all__ = ["available", "refusal", "triton_linear_cross_entropy"]
+
+PROGRAMS = 1024
+"""Programs of the forward kernel, at the most, beyond one for each block of rows: some for each multiprocessor of a
+large GPU. Each keeps one partial sum a row, so this bounds their memory too."""
+
+MIN_CHUNK = 2**24
+"""Logit gradients held at a time, at least: fewer would not fill a GPU."""
+
+
+def available() -> bool:
+    """Whether Triton is installed and there is a GPU, or Triton's interpreter is on (``TRITON_INTERPRET=1``)."""
+    return find_spec("triton") is not None and (torch.cuda.is_available() or _interpreted())
+
+
+def refusal(hidden: Tensor, weight: Tensor, bias: Tensor | None, log_g: Activation) -> str | None:
+    """Why :func:`triton_linear_cross_entropy` would refuse these arguments, or None where it takes them.
+
+    Args:
+        hidden: Shape (N, d).
+        weight: Shape (V, d).
+        bias: Shape (V,) or None.
+        log_g: The output activation.
+    """
+    if not available():
+        return "Triton or a GPU is missing (Triton's interpreter, TRITON_INTERPRET=1, runs on a CPU)"
+    if not (hidden.is_cuda or _interpreted()):
+        return f"the hidden vectors are on {hidden.device}, not on a GPU"
+    if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(hidden.device)} is older than compute capability 8.0"
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"{name} is {tensor.dtype}, and its kernels compute in float32"
+    from lit_sigsoftmax.losses.triton_kernels import ACTIVATIONS
+
+    if not any(log_g is known for known in ACTIVATIONS):
+        known = ", ".join(f.__name__ for f in ACTIVATIONS)
+        return f"it has no kernel for the output activation {log_g!r} (it has {known})"
+    return None
+
+
+def triton_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    log_g: Activation,
+    *,
+    ignore_index: int,
+    reduction: Literal["mean", "sum", "none"],
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    log_prior: Tensor | None = None,
+) -> Tensor:
+    """Return the loss in nats; see :class:`lit_sigsoftmax.losses.Backend`.
+
+    Products are exact to the inputs' dtype and summed in float32; float32 ones are rounded to TF32 where
+    :func:`torch.set_float32_matmul_precision` allows it. Under autocast hidden and weight are cast as by ``F.linear``.
+    A target outside the vocabulary that is not ``ignore_index`` costs nan: to raise, the host would have to wait.
+
+    Raises:
+        ValueError: :func:`refusal` has a reason, or hidden and weight differ in dtype.
+        RuntimeError: The gradient is itself to be differentiated.
+    """
+    reason = refusal(hidden, weight, bias, log_g)
+    if label_smoothing or z_loss:
+        reason = "its kernels have neither label_smoothing nor z_loss"
+    if reason is not None:
+        raise ValueError(f"the loss backend 'triton' does not fit: {reason}; choose 'chunked' or 'auto'")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: give both one dtype, or use autocast")
+    bias = None if bias is None else bias.contiguous()
+    experts = 1 if log_prior is None else log_prior.shape[1]
+    rows = hidden.reshape(-1, weight.shape[1]).contiguous()
+    nll = _TokenLoss.apply(rows, weight.contiguous(), bias, target.repeat_interleave(experts), log_g)
+    if log_prior is not None:
+        nll = mix(log_prior, nll.view(log_prior.shape))
+    return reduce(torch.where(target != ignore_index, nll, 0.0), target, ignore_index, reduction)
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, log_g: Activation
+    ) -> Tensor:
+        score, peak, log_total = _statistics(hidden, weight, bias, target, log_g)
+        ctx.save_for_backward(hidden, weight, bias, target, peak, log_total)
+        ctx.log_g = log_g
+        return (peak - score) + log_total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss backend 'triton' has first derivatives alone (create_graph asks for second ones): "
+                "choose backend='reference'"
+            )
+        hidden, weight, bias, target, peak, log_total = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
+        d_weight = torch.empty_like(weight) if needed[1] else None
+        d_bias = torch.empty_like(bias) if needed[2] else None
+        # By parts of the vocabulary, not of the tokens: the weight's gradient is then rounded once.
+        size = _part_size(len(hidden), *weight.shape)
+        for start in range(0, len(weight), size):
+            part = slice(start, start + size)
+            d_logits, sums = _logit_gradient(
+                hidden,
+                weight[part],
+                None if bias is None else bias[part],
+                target - start,
+                peak,
+                log_total,
+                grad.contiguous(),
+                ctx.log_g,
+                bias_needed=needed[2],
+            )
+            if d_hidden is not None:
+                d_hidden += d_logits @ weight[part]
+            if d_weight is not None:
+                torch.mm(d_logits.T, hidden, out=d_weight[part])
+            if d_bias is not None and sums is not None:
+                d_bias[part] = sums
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+
+
+def _statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, log_g: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's score, the largest score and ``log sum exp(score - largest)``, each (N,) in float32."""
+    from lit_sigsoftmax.losses import triton_kernels as kernels
+
+    n, v = len(hidden), len(weight)
+    blocks, tiles = _divide(n, kernels.BLOCK_N), _divide(v, kernels.MAX_BLOCK_V)
+    span = kernels.MAX_BLOCK_V * _divide(tiles, max(1, PROGRAMS // max(1, blocks)))
+    peaks, totals = hidden.new_empty(2, _divide(v, span), n, dtype=torch.float32)
+    score = hidden.new_full((n,), torch.nan, dtype=torch.float32)
+    with torch.cuda.device_of(hidden):
+        kernels.statistics_kernel[(blocks, len(peaks))](
+            hidden, weight, bias, target, peaks, totals, score, n, v, span, **_constants(hidden, log_g)
+        )
+    peak = peaks.amax(0)
+    return score, peak, (totals * (peaks - peak).exp()).sum(0).log()
+
+
+def _logit_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    grad: Tensor,
+    log_g: Activation,
+    *,
+    bias_needed: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of a part of the logits, (N, part) in the inputs' dtype, and its sums over tokens in float32."""
+    from lit_sigsoftmax.losses import triton_kernels as kernels
+
+    n, v = len(hidden), len(weight)
+    blocks = _divide(n, kernels.BLOCK_N)
+    d_logits = hidden.new_empty(n, v)
+    sums = hidden.new_empty(blocks, v, dtype=torch.float32) if bias_needed else None
+    inputs = (hidden, weight, bias, target, peak, log_total, grad)
+    with torch.cuda.device_of(hidden):
+        kernels.gradient_kernel[lambda tile: (blocks, _divide(v, tile["block_v"]))](
+            *inputs, d_logits, sums, n, v, **_constants(hidden, log_g)
+        )
+    return d_logits, None if sums is None else sums.sum(0)
+
+
+def _constants(hidden: Tensor, log_g: Activation) -> dict[str, Any]:
+    """What the kernels are compiled for, tile sizes left to tuning."""
+    from lit_sigsoftmax.losses import triton_kernels as kernels
+
+    return {
+        "hidden_size": hidden.shape[1],
+        "activation": kernels.ACTIVATIONS[log_g],
+        "precision": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "block_n": kernels.BLOCK_N,
+    }
+
+
+def _part_size(n: int, v: int, d: int) -> int:
+    """Vocabulary entries whose logit gradients are held at a time: as many as hidden and weight have numbers."""
+    from lit_sigsoftmax.losses.triton_kernels import MAX_BLOCK_V
+
+    return MAX_BLOCK_V * max(1, max(MIN_CHUNK, (n + v) * d) // max(1, n) // MAX_BLOCK_V)
+
+
+def _divide(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
