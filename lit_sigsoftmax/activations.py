@@ -38,7 +38,9 @@ __all__ = [
     "ActivationSpec",
     "activation_spec",
     "available_activations",
+    "derivative_of",
     "get_activation",
+    "name_of",
     "register_activation",
     "relu",
     "sigmoid",
@@ -51,15 +53,18 @@ ActivationSpec = str | dict[str, Any] | Activation
 
 _T = TypeVar("_T", bound=Activation)
 _REGISTRY: dict[str, Activation] = {}
+_DERIVATIVES: dict[str, Activation] = {}
 
 
-def register_activation(name: str) -> Callable[[_T], _T]:
+def register_activation(name: str, derivative: Activation | None = None) -> Callable[[_T], _T]:
     """Register a function, or an ``nn.Module`` class without required arguments, as an output activation.
 
     Once registered, the activation is launched, tested, compared and benchmarked by its name.
 
     Args:
         name: The name that recipes and the command line use.
+        derivative: From logits to ``d log_g / dz``, elementwise. It spares the fused loss the graph of ``log_g``; a
+            function without one, and any ``nn.Module``, is differentiated by autograd.
 
     Raises:
         ValueError: The name is taken.
@@ -74,30 +79,32 @@ def register_activation(name: str) -> Callable[[_T], _T]:
         if name in _REGISTRY:
             raise ValueError(f"output activation {name!r} is already registered: choose another name")
         _REGISTRY[name] = log_g
+        if derivative is not None:
+            _DERIVATIVES[name] = derivative
         return log_g
 
     return register
 
 
-@register_activation("softmax")
+@register_activation("softmax", derivative=torch.ones_like)
 def softmax(logits: Tensor) -> Tensor:
     """``log g(z) = z``: the layer that every other one is compared with."""
     return logits
 
 
-@register_activation("sigsoftmax")
+@register_activation("sigsoftmax", derivative=lambda z: 2 - torch.sigmoid(z))
 def sigsoftmax(logits: Tensor) -> Tensor:
     """``log g(z) = z + log sigmoid(z)``, that is ``g(z) = exp(z) sigmoid(z)`` (Kanai et al. 2018, Definition 1)."""
     return logits + F.logsigmoid(logits)
 
 
-@register_activation("sigmoid")
+@register_activation("sigmoid", derivative=lambda z: torch.sigmoid(-z))
 def sigmoid(logits: Tensor) -> Tensor:
     """A rival with a bounded ``g``: ``g(z) = 1 / (1 + exp(-z))`` (ibid.)."""
     return F.logsigmoid(logits)
 
 
-@register_activation("relu")
+@register_activation("relu", derivative=lambda z: torch.where(z > 0, 1 / (z + 1e-8), 0.0))
 def relu(logits: Tensor) -> Tensor:
     """``log g(z) = log(max(z, 0) + 1e-8)``: a rival whose gradient ``1 / (z + 1e-8)`` is known to be unstable (ibid.).
 
@@ -114,6 +121,16 @@ def widen(x: Tensor) -> Tensor:
 def available_activations() -> tuple[str, ...]:
     """Return the registered names, sorted."""
     return tuple(sorted(_REGISTRY))
+
+
+def name_of(log_g: Activation) -> str | None:
+    """Return the registered name of a function, None where it has none."""
+    return next((name for name, known in _REGISTRY.items() if known is log_g), None)
+
+
+def derivative_of(log_g: Activation) -> Activation | None:
+    """Return the derivative that ``log_g`` was registered with, if any."""
+    return _DERIVATIVES.get(name_of(log_g) or "")
 
 
 def get_activation(spec: ActivationSpec) -> Activation:
@@ -163,9 +180,8 @@ def activation_spec(spec: ActivationSpec) -> str | dict[str, Any]:
     """
     if isinstance(spec, (str, dict)):
         return spec
-    for name, log_g in _REGISTRY.items():
-        if spec is log_g:
-            return name
+    if registered := name_of(spec):
+        return registered
     module, name = getattr(spec, "__module__", None), getattr(spec, "__qualname__", "")
     if module not in (None, "__main__") and getattr(sys.modules.get(str(module)), name, None) is spec:
         return f"{module}.{name}"

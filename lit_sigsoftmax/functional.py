@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, ActivationSpec, get_activation, widen
-from lit_sigsoftmax.losses import get_backend
+from lit_sigsoftmax.losses import BACKENDS, resolve_backend
 
 __all__ = ["IGNORE_INDEX", "linear_cross_entropy", "log_normalize", "log_sigsoftmax", "sigsoftmax"]
 
@@ -102,49 +102,76 @@ def linear_cross_entropy(
     activation: ActivationSpec = "softmax",
     ignore_index: int = IGNORE_INDEX,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    log_prior: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Negative log-likelihood of ``target`` under an output layer, from the hidden vectors.
+    r"""Negative log-likelihood of ``target`` under an output layer, from the hidden vectors.
 
-    Equals ``F.nll_loss(log_normalize(F.linear(hidden, weight, bias), log_g), target)``.
+    Equals ``F.nll_loss(log_normalize(F.linear(hidden, weight, bias), log_g), target)``, without holding the logits
+    whole. Of a mixture it is :math:`-\operatorname{logsumexp}_k(\log \pi_k + \log p_k(y))`.
 
     Args:
-        hidden: Shape (..., d).
+        hidden: Shape (..., d); (..., K, d) for a mixture of K experts.
         weight: Shape (V, d).
         target: Token ids, int64, shape (...).
         bias: Shape (V,).
         activation: Any activation specification, callable or module (see :mod:`lit_sigsoftmax.activations`).
         ignore_index: Targets with this value cost nothing and do not count in the mean.
         reduction: ``"mean"`` over the counted targets, ``"sum"``, or ``"none"`` for shape (...).
-        backend: An implementation of :mod:`lit_sigsoftmax.losses`; ``"auto"`` chooses.
+        label_smoothing: The share of the target's mass that is spread evenly over the vocabulary (Szegedy et al., CVPR
+            2016), in [0, 1].
+        z_loss: Weight of the squared ``logsumexp(log_g(z))`` that is added to each token's loss (Chowdhery et al.,
+            "PaLM", 2022).
+        log_prior: Log-probabilities of the experts, shape (..., K). A mixture has neither of the last two.
+        backend: An implementation of :mod:`lit_sigsoftmax.losses`: ``"reference"``, ``"chunked"`` or ``"triton"``;
+            ``"auto"`` is the fastest that serves.
 
     Returns:
         Nats; float32 for half-precision input. Differentiable in hidden, weight, bias and in the parameters of the
         activation.
 
     Raises:
-        ValueError: Shapes do not fit, or ``reduction`` or ``backend`` is unknown.
+        ValueError: Shapes do not fit, ``reduction`` or ``backend`` is unknown, or a mixture has a penalty.
+        RuntimeError: The backend lacks what is asked for, such as second derivatives; ``"reference"`` has everything.
 
     Example:
         >>> hidden, weight, target = torch.zeros(5, 3), torch.zeros(7, 3), torch.arange(5)
         >>> linear_cross_entropy(hidden, weight, target, activation="sigsoftmax").exp()
         tensor(7.0000)
     """
-    fits = weight.dim() == 2 and hidden.shape == (*target.shape, weight.shape[1])
+    mixed = () if log_prior is None else log_prior.shape[-1:]
+    fits = weight.dim() == 2 and hidden.shape == (*target.shape, *mixed, weight.shape[1])
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)} and "
-            f"bias {None if bias is None else tuple(bias.shape)} do not fit: expected (..., d), (V, d), (...) and (V,)"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)}, "
+            f"bias {_shape(bias)} and log_prior {_shape(log_prior)} do not fit: expected (..., d), (V, d), (...), (V,) "
+            "and None, or (..., K, d) and (..., K) for a mixture"
+        )
+    if log_prior is not None and (log_prior.shape[:-1] != target.shape or label_smoothing or z_loss):
+        raise ValueError(
+            f"a mixture has log_prior of shape (..., K), here {_shape(log_prior)} for targets {_shape(target)}, and "
+            "neither label_smoothing nor z_loss"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
-    loss = get_backend(backend)(
-        hidden.flatten(0, -2) if hidden.dim() > 1 else hidden.unsqueeze(0),
+    log_g = get_activation(activation)
+    name = resolve_backend(backend, hidden, weight, bias, log_g, penalized=bool(label_smoothing or z_loss))
+    loss = BACKENDS[name](
+        hidden.reshape(target.numel(), *mixed, weight.shape[1]),
         weight,
         target.reshape(-1),
         bias,
-        get_activation(activation),
+        log_g,
         ignore_index=ignore_index,
         reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        log_prior=None if log_prior is None else log_prior.reshape(target.numel(), *mixed),
     )
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)

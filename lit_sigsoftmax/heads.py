@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lit_sigsoftmax.activations import ActivationSpec, activation_spec, get_activation, widen
 from lit_sigsoftmax.functional import IGNORE_INDEX, linear_cross_entropy, log_normalize
-from lit_sigsoftmax.losses import get_backend
+from lit_sigsoftmax.losses import check_backend
 
 __all__ = ["OutputHead"]
 
@@ -55,7 +55,7 @@ class OutputHead(nn.Module):
             if size < 1:
                 raise ValueError(f"{name} is at least 1, not {size}")
         self.hidden_size, self.vocab_size, self.n_experts = hidden_size, vocab_size, n_experts
-        get_backend(backend)  # a name that is unknown shows here
+        check_backend(backend)
         self.backend = backend
         self.activation_spec = activation_spec(activation)
         # A generator state of its own, seeded by one draw: what is drawn after the head (dropout masks, other weights)
@@ -104,30 +104,23 @@ class OutputHead(nn.Module):
         Returns:
             Nats, shape (...), float32 or wider.
         """
-        if self.n_experts == 1:
-            return self._expert_nll(hidden, target)
-        log_prior, latent = self._experts(hidden)
-        # A mixture needs the target's probability only, which each expert gives by the plain loss.
-        expert_nll = self._expert_nll(latent, target.unsqueeze(-1).expand(log_prior.shape))
-        nll = -torch.logsumexp(log_prior - expert_nll, dim=-1)
-        return nll.masked_fill(target == IGNORE_INDEX, 0.0)
-
-    def _experts(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        log_prior = F.log_softmax(widen(self.prior(hidden)), dim=-1)  # (..., K)
-        latent = torch.tanh(self.latent(hidden)).unflatten(-1, (self.n_experts, self.hidden_size))  # (..., K, d)
-        return log_prior, latent
-
-    def _expert_nll(self, hidden: Tensor, target: Tensor) -> Tensor:
+        log_prior, experts = (None, hidden) if self.n_experts == 1 else self._experts(hidden)
         return linear_cross_entropy(
-            hidden,
+            experts,
             self.weight,
             target,
             self.bias,
             activation=self.activation,
             ignore_index=IGNORE_INDEX,
             reduction="none",
+            log_prior=log_prior,
             backend=self.backend,
         )
+
+    def _experts(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        log_prior = F.log_softmax(widen(self.prior(hidden)), dim=-1)  # (..., K)
+        latent = torch.tanh(self.latent(hidden)).unflatten(-1, (self.n_experts, self.hidden_size))  # (..., K, d)
+        return log_prior, latent
 
     def extra_repr(self) -> str:
         """Describe the head in a printed model."""

@@ -1,7 +1,8 @@
 """The implementations behind :func:`lit_sigsoftmax.functional.linear_cross_entropy`, one file each.
 
 A backend maps hidden (N, d), weight (V, d), target (N,), bias (V,) or None and ``log_g`` to the negative
-log-likelihood in nats: shape (N,) for ``reduction="none"``, a scalar otherwise.
+log-likelihood in nats: shape (N,) for ``reduction="none"``, a scalar otherwise. A mixture of K experts comes as hidden
+(N, K, d) and ``log_prior`` (N, K).
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation
+from lit_sigsoftmax.losses.chunked import chunked
 from lit_sigsoftmax.losses.reference import reference
+from lit_sigsoftmax.losses.triton_backend import refusal, triton_linear_cross_entropy
 
-__all__ = ["BACKENDS", "Backend", "get_backend"]
+__all__ = ["BACKENDS", "Backend", "check_backend", "resolve_backend"]
 
 
 class Backend(Protocol):
@@ -29,22 +32,46 @@ class Backend(Protocol):
         *,
         ignore_index: int,
         reduction: Literal["mean", "sum", "none"],
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        log_prior: Tensor | None = None,
     ) -> Tensor:
         """Return the loss in nats."""
         ...
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference}
+BACKENDS: dict[str, Backend] = {"reference": reference, "chunked": chunked, "triton": triton_linear_cross_entropy}
 
 
-def get_backend(name: str) -> Backend:
-    """Return a backend by name; ``"auto"`` is the fastest that fits.
+def check_backend(name: str) -> None:
+    """Refuse a backend that there is not.
 
     Raises:
         ValueError: The name is unknown.
     """
-    if name == "auto":
-        return reference
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown loss backend {name!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}")
-    return BACKENDS[name]
+
+
+def resolve_backend(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, log_g: Activation, *, penalized: bool = False
+) -> str:
+    """Return the name that ``"auto"`` stands for, any other name as it is.
+
+    It is ``"triton"`` on a GPU where its kernels serve, else ``"chunked"``.
+
+    Args:
+        name: A backend, or ``"auto"``.
+        hidden: Shape (..., d).
+        weight: Shape (V, d).
+        bias: Shape (V,).
+        log_g: The output activation.
+        penalized: Whether there is label smoothing or z-loss.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    check_backend(name)
+    if name != "auto":
+        return name
+    return "triton" if hidden.is_cuda and not penalized and not refusal(hidden, weight, bias, log_g) else "chunked"

@@ -1,0 +1,104 @@
+"""Matrix products of the loss: on CPU in float32 through oneDNN where that is the faster library.
+
+PyTorch sends float32 products to one BLAS library, which is slow on some processors. oneDNN, which PyTorch brings
+along, is reached by an operator that is not public: it is used only where it exists and was the faster one on this
+machine. That is measured once and kept in the user's cache, so that every run on the machine computes the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
+
+__all__ = ["linear", "uses_onednn"]
+
+_ROWS, _INNER, _COLUMNS = 128, 256, 8192  # of the measured product, like a chunk of the loss
+_VARIABLE = "LIT_SIGSOFTMAX_GEMM"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.T + bias``, without gradients.
+
+    Args:
+        x: Shape (n, d).
+        weight: Shape (m, d), any strides.
+        bias: Shape (m,).
+
+    Returns:
+        Shape (n, m), of the inputs' dtype.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel() and uses_onednn():
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+@cache
+def uses_onednn() -> bool:
+    """Whether float32 products go through oneDNN on this machine.
+
+    ``LIT_SIGSOFTMAX_GEMM=onednn`` or ``=torch`` decides; otherwise a measurement made once on this machine does.
+    """
+    if not _onednn_works():
+        return False
+    choice = os.environ.get(_VARIABLE) or _remembered(_measure)
+    if choice not in ("onednn", "torch"):
+        raise ValueError(f"{_VARIABLE} is 'onednn' or 'torch', not {choice!r}")
+    return choice == "onednn"
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _onednn_works() -> bool:
+    x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(-1, 2, 20).view(5, 4)
+    try:
+        return torch.allclose(_onednn(x, weight, None), F.linear(x, weight), rtol=1e-5)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _remembered(measure: Callable[[], str]) -> str:
+    machine = " ".join((torch.__version__, platform.machine(), _processor()))
+    path = cache_dir() / f"gemm-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.txt"
+    try:
+        with exclusive(path):
+            if not path.exists():
+                with atomic_write(path) as file:
+                    file.write(measure().encode())
+            return path.read_text()
+    except OSError:  # nowhere to write, so nowhere to stay the same
+        return "torch"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return " ".join(sorted({line for line in lines if line.startswith(("model", "cpu family", "flags"))}))
+
+
+def _measure() -> str:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(_ROWS, _INNER, generator=generator)
+    weight = torch.rand(_COLUMNS, _INNER, generator=generator)
+    seconds: dict[str, list[float]] = {"onednn": [], "torch": []}
+    for _ in range(9):
+        for name, product in (("onednn", _onednn), ("torch", F.linear)):
+            start = time.perf_counter()
+            product(x, weight, None)
+            seconds[name].append(time.perf_counter() - start)
+    return min(seconds, key=lambda name: median(seconds[name]))

@@ -1,0 +1,424 @@
+"""The loss in chunks: what test_functional.py and test_heads.py, whose layers fit one chunk, cannot show."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from references import FORMULAS, log_probabilities
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from lit_sigsoftmax import OutputHead
+from lit_sigsoftmax.activations import available_activations, derivative_of, get_activation
+from lit_sigsoftmax.functional import linear_cross_entropy
+from lit_sigsoftmax.losses import chunked as chunked_backend
+from lit_sigsoftmax.losses import compiled, gemm
+
+chunked = sys.modules[chunked_backend.__module__]
+N, HIDDEN, VOCAB = 90, 6, 40
+WAYS = ["compiled", "closed form", "general"]
+
+every_activation = pytest.mark.parametrize("name", available_activations())
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 32 rows, the last one shorter."""
+    monkeypatch.setattr(chunked, "_LEAST", 1)
+    monkeypatch.setattr(chunked, "_ROWS", 32)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Each way from logits to losses, on the activations that it serves; the general one otherwise."""
+
+    def choose(layer, device):
+        name = chunked.name_of(layer.log_g)
+        if request.param == "compiled" and layer.precision == torch.float32 and compiled.serves(name):
+            return "compiled"
+        return "closed form" if request.param == "closed form" and chunked.has_closed_form(name) else "general"
+
+    monkeypatch.setattr(chunked, "_way", choose)
+    return request.param
+
+
+def layer(dtype=torch.float64, n=N, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(n, HIDDEN, dtype=torch.float64, generator=generator)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, generator=generator)
+    bias = torch.randn(VOCAB, dtype=torch.float64, generator=generator)
+    target = torch.randint(VOCAB, (n,), generator=generator)
+    target[3] = target[n - 1] = -100
+    return [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)], target
+
+
+def mixture(dtype=torch.float64, experts=3):
+    (_, weight, bias), target = layer(dtype)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(N, experts, HIDDEN, dtype=torch.float64, generator=generator).to(dtype)
+    log_prior = torch.randn(N, experts, dtype=torch.float64, generator=generator).log_softmax(-1).to(dtype)
+    return [hidden.requires_grad_(), weight, bias, log_prior.requires_grad_()], target
+
+
+def loss_and_gradients(inputs, target, backend, weights=None, **kwargs):
+    """The loss, weighted over tokens, and its gradients; in float64 for the reference."""
+    names = ("hidden", "weight", "bias", "log_prior")
+    if backend == "reference":
+        inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    given = dict(zip(names, inputs, strict=False))
+    loss = linear_cross_entropy(target=target, reduction="none", backend=backend, **given, **kwargs)
+    total = loss.sum() if weights is None else (loss * weights).sum()
+    return loss, torch.autograd.grad(total, [x for x in inputs if x.requires_grad])
+
+
+def check(inputs, target, weights=None, **kwargs):
+    loss, gradients = loss_and_gradients(inputs, target, "chunked", weights, **kwargs)
+    expected, exact = loss_and_gradients(inputs, target, "reference", weights, **kwargs)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if inputs[0].dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    for gradient, reference in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, **tolerance)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_agrees_with_the_reference(name, dtype, way):
+    check(*layer(dtype), activation=name)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mixture_agrees_with_the_reference(name, dtype, way):
+    check(*mixture(dtype), activation=name)
+
+
+@every_activation
+@pytest.mark.parametrize("make", [layer, mixture])
+def test_tokens_of_unequal_weight(name, make, way):
+    inputs, target = make(torch.float32)
+    check(inputs, target, weights=torch.linspace(-1, 2, N), activation=name)
+
+
+@pytest.mark.parametrize("activation", [lambda z: z + F.logsigmoid(z), nn.Softplus()])
+@pytest.mark.parametrize("make", [layer, mixture])
+def test_any_callable(activation, make):
+    check(*make(), activation=activation)
+
+
+@every_activation
+def test_registered_derivative(name):
+    derivative = derivative_of(get_activation(name))
+    if derivative is None:
+        return
+    z = torch.cat([torch.linspace(-700, 700, 400), torch.linspace(-5, 5, 400)]).double().requires_grad_()
+    (expected,) = torch.autograd.grad(get_activation(name)(z).sum(), z)
+    torch.testing.assert_close(derivative(z.detach()), expected)
+
+
+@every_activation
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])
+def test_penalties(name, label_smoothing, z_loss):
+    inputs, target = layer()
+    check(inputs, target, activation=name, label_smoothing=label_smoothing, z_loss=z_loss)
+    hidden, weight, bias = (x.detach() for x in inputs)
+    scores = get_activation(name)(hidden @ weight.T + bias)
+    log_p, lse = scores.log_softmax(-1), scores.logsumexp(-1)
+    counted = target != -100
+    nll = -log_p.gather(-1, target.where(counted, 0).unsqueeze(-1)).squeeze(-1)
+    by_hand = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1) + z_loss * lse.square()
+    for backend in ("chunked", "reference"):
+        loss = linear_cross_entropy(
+            *(hidden, weight, target, bias),
+            activation=name,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            backend=backend,
+        )
+        torch.testing.assert_close(loss, by_hand[counted].mean())
+
+
+def test_a_mixture_has_no_penalties():
+    (hidden, weight, bias, log_prior), target = mixture()
+    with pytest.raises(ValueError, match="neither label_smoothing nor z_loss"):
+        linear_cross_entropy(hidden, weight, target, bias, log_prior=log_prior, z_loss=0.1)
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_cross_entropy(hidden, weight, target, bias)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("level", [-1e4, -300.0, -70.0, 0.0, 90.0, 1e4])
+def test_extreme_logits(name, level, way):
+    """Rows whose logits are all far from zero, beside one that is not, in float32."""
+    logits = torch.tensor([[level, level + 1, level - 2], [0.0, 1.0, -1.0], [level - 3e3, level, level - 200]])
+    target = torch.tensor([1, 0, 0])
+    hidden, weight = logits.requires_grad_(), torch.eye(3, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, target, activation=name, reduction="none", backend="chunked")
+    exact = [float(-log_probabilities(row, FORMULAS[name])[t]) for row, t in zip(logits.tolist(), target, strict=True)]
+    torch.testing.assert_close(loss.double(), torch.tensor(exact).double(), rtol=2e-6, atol=2e-6)
+    loss.sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [layer, mixture])
+def test_half_precision_is_no_worse_than_naive(name, dtype, make):
+    inputs, target = make(dtype)
+    kwargs = {"activation": name}
+    _, exact = loss_and_gradients(inputs, target, "reference", **kwargs)
+    ours, gradients = loss_and_gradients(inputs, target, "chunked", **kwargs)
+    naive_inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    hidden, weight, bias, *prior = naive_inputs
+    scores = get_activation(name)(F.linear(hidden, weight, bias))
+    log_p = scores.log_softmax(-1) if not prior else (prior[0].unsqueeze(-1) + scores.log_softmax(-1)).logsumexp(-2)
+    F.nll_loss(log_p, target, reduction="sum").backward()
+    assert ours.dtype == torch.float32
+    for gradient, x, reference in zip(gradients, naive_inputs, exact, strict=True):
+        assert gradient.dtype == dtype
+        size = reference.abs().max()
+        error, naive = ((g.double() - reference).abs().mean() / size for g in (gradient, x.grad))
+        assert error <= naive.nan_to_num(torch.inf) + 1e-4
+
+
+def test_autocast_computes_in_half_precision_and_keeps_float32():
+    inputs, target = layer(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(inputs, target, "chunked", activation="sigsoftmax")
+    exact, expected = loss_and_gradients(inputs, target, "reference", activation="sigsoftmax")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=0.03, atol=0.03)
+    assert not torch.allclose(loss.double(), exact, rtol=1e-5)  # it did use bfloat16
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), reference, rtol=0.1, atol=0.1)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("activation", [*available_activations(), lambda z: z.square()])
+def test_the_logits_never_exist_whole(activation, experts, gradient, monkeypatch):
+    monkeypatch.setattr(chunked, "_ROWS", 192)
+    rows, hidden_size = 1200, 2
+    head = OutputHead(hidden_size, VOCAB, activation, experts)
+    hidden = torch.randn(rows // experts, hidden_size)
+    target = torch.randint(VOCAB, (rows // experts,))
+    with torch.set_grad_enabled(gradient), LargestTensor() as largest:
+        nll = head.nll(hidden, target)
+        if gradient:
+            nll.mean().backward()
+    assert largest.elements <= rows * VOCAB / 8
+
+
+def test_frozen_inputs_cost_no_product(monkeypatch):
+    products = []
+    monkeypatch.setattr(chunked, "linear", lambda *args: products.append("linear") or F.linear(*args))
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: products.append("addmm"))
+    inputs, target = layer(torch.float32, n=30)
+    for frozen, expected in (
+        ([], ["linear", "linear", "addmm"]),
+        ([0], ["linear", "addmm"]),
+        ([1], ["linear", "linear"]),
+        ([0, 1], ["linear"]),
+    ):
+        products.clear()
+        given = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+        linear_cross_entropy(given[0], given[1], target, given[2], backend="chunked")
+        assert products == expected
+    with torch.no_grad():
+        products.clear()
+        assert not linear_cross_entropy(inputs[0], inputs[1], target, inputs[2], backend="chunked").requires_grad
+    assert products == ["linear"]
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_frozen_inputs_leave_the_other_gradients_alone(frozen):
+    inputs, target = layer()
+    inputs[frozen].requires_grad_(False)
+    check(inputs, target, activation="sigsoftmax")
+
+
+def test_a_tensor_that_a_closure_holds_gets_its_gradient():
+    inputs, target = layer()
+    results = []
+    for backend in ("chunked", "reference"):
+        sharpness = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+        hidden, weight, bias = inputs
+        linear_cross_entropy(
+            hidden, weight, target, bias, activation=lambda z, s=sharpness: s * z + F.logsigmoid(z), backend=backend
+        ).backward()
+        results.append(sharpness.grad)
+    torch.testing.assert_close(*results)
+
+
+class PerToken(nn.Module):
+    """A parameter for each token of the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.linspace(0.5, 2, VOCAB, dtype=torch.float64))
+
+    def forward(self, z):
+        return self.slope * z + F.logsigmoid(z)
+
+
+@pytest.mark.parametrize("make", [layer, mixture])
+def test_parameters_of_the_activation(make):
+    inputs, target = make()
+    weights = torch.linspace(0, 1, N, dtype=torch.float64)
+    found = []
+    for backend in ("chunked", "reference"):
+        activation = PerToken()
+        given = dict(zip(("hidden", "weight", "bias", "log_prior"), inputs, strict=False))
+        loss = linear_cross_entropy(target=target, activation=activation, reduction="none", backend=backend, **given)
+        (loss * weights).sum().backward()
+        found.append(activation.slope.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_gradcheck_of_the_mixture_through_priors_and_projections():
+    head = OutputHead(4, 9, "sigsoftmax", n_experts=3, backend="chunked").double()
+    hidden = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    target = torch.tensor([0, 8, -100, 3, 4])
+    names, parameters = zip(*head.named_parameters(), strict=True)
+
+    def loss(hidden, *values):
+        return torch.func.functional_call(
+            _Nll(head), {f"head.{n}": v for n, v in zip(names, values, strict=True)}, (hidden, target)
+        )
+
+    assert torch.autograd.gradcheck(loss, (hidden, *parameters))
+
+
+class _Nll(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden, target):
+        return self.head.nll(hidden, target)
+
+
+# What the chunked loss does not do, said rather than done wrong
+
+
+def test_second_derivatives_are_refused():
+    (hidden, weight, bias), target = layer()
+    loss = linear_cross_entropy(hidden, weight, target, bias, backend="chunked")
+    with pytest.raises(RuntimeError, match=r"first derivatives only.*backend='reference'"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_transforms_are_refused():
+    (hidden, weight, bias), target = (x if isinstance(x, torch.Tensor) else [y.detach() for y in x] for x in layer())
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match=r"torch.func transforms.*backend='reference'"):
+            transform(lambda w: linear_cross_entropy(hidden, w, target, bias, backend="chunked"))(weight)
+
+
+# What goes on around it
+
+
+def test_backward_twice():
+    (hidden, weight, bias), target = layer()
+    loss = linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax", backend="chunked")
+    first = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(2 * loss, (hidden, weight, bias))
+    for a, b, c in zip(first, second, kept, strict=True):
+        torch.testing.assert_close(2 * a, b)
+        assert torch.equal(a, c)
+
+
+def test_tied_weights_and_accumulated_gradients():
+    embedding = nn.Embedding(VOCAB, HIDDEN, dtype=torch.float64)
+    tokens, target = torch.arange(N) % VOCAB, torch.arange(N).flip(0) % VOCAB
+    found = []
+    for backend in ("chunked", "reference"):
+        embedding.zero_grad()
+        for half in (slice(0, N // 2), slice(N // 2, N)):
+            hidden = torch.tanh(embedding(tokens[half]))
+            linear_cross_entropy(hidden, embedding.weight, target[half], activation="relu", backend=backend).backward()
+        found.append(embedding.weight.grad.clone())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_around_it(use_reentrant):
+    inputs, target = layer()
+
+    def loss(hidden, weight, bias):
+        return linear_cross_entropy(torch.tanh(hidden), weight, target, bias, activation="sigsoftmax")
+
+    plain = torch.autograd.grad(loss(*inputs), inputs)
+    for x in inputs:
+        x.grad = None
+    checkpoint(loss, *inputs, use_reentrant=use_reentrant).backward()
+    for x, gradient in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(x.grad, gradient)
+
+
+@pytest.mark.slow
+def test_inside_a_compiled_model():
+    """The loss is a break in the graph; what is around it is compiled."""
+    (hidden, weight, bias), target = layer(torch.float32)
+
+    def step(hidden, weight, bias):
+        return linear_cross_entropy(torch.tanh(hidden), weight, target, bias, activation="sigsoftmax") * 2
+
+    expected = torch.autograd.grad(step(hidden, weight, bias), (hidden, weight, bias))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.autograd.grad(torch.compile(step)(hidden, weight, bias), (hidden, weight, bias))
+    torch.testing.assert_close(found, expected)
+
+
+# Products
+
+
+def test_products_agree_whichever_library_makes_them(monkeypatch):
+    x, weight, bias = torch.randn(50, 30), torch.randn(70, 30), torch.randn(70)
+    exact = (x.double() @ weight.double().T + bias.double()).float()
+    for fast in (False, True):
+        monkeypatch.setattr(gemm, "uses_onednn", lambda fast=fast: fast)
+        torch.testing.assert_close(gemm.linear(x, weight, bias), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gemm.linear(x, weight.t().contiguous().t()), exact - bias, rtol=1e-5, atol=1e-5)
+
+
+def test_the_library_is_chosen_once_for_a_machine(tmp_path, monkeypatch):
+    """So that a run and its continuation compute the same bits."""
+    code = "from lit_sigsoftmax.losses import gemm; print(gemm.uses_onednn())"
+
+    def ask(**environment):
+        env = {"PATH": "", "LIT_SIGSOFTMAX_CACHE": str(tmp_path), **environment}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+    first = ask()
+    (kept,) = tmp_path.glob("gemm-*.txt")
+    assert first.stdout.strip() == str(kept.read_text() == "onednn")
+    for other in ("torch", "onednn"):
+        kept.write_text(other)
+        assert ask().stdout.strip() == str(other == "onednn")
+    assert ask(LIT_SIGSOFTMAX_GEMM="torch").stdout.strip() == "False"
+    wrong = ask(LIT_SIGSOFTMAX_GEMM="fast")
+    assert wrong.returncode != 0
+    assert "LIT_SIGSOFTMAX_GEMM is 'onednn' or 'torch', not 'fast'" in wrong.stderr
