@@ -145,10 +145,10 @@ def spectrum(log_probs: Tensor | Iterable[Tensor]) -> Spectrum:
 
     What 256 rows have outside the basis is dropped where it is below ``2 eps sigma_max``, with the eps of the blocks'
     dtype. Over all N rows that moves no singular value by more than ``2 eps sigma_max sqrt(ceil(N / 256))``: where N is
-    256 or more, a third of the Press threshold at the most.
+    256 or more, about a third of the Press threshold at the most.
 
-    Memory, beside the blocks: about ``8 k (V + 2k)`` bytes for a basis of k vectors, and at most ``40 V^2`` bytes where
-    the rank is full (4 GB for 10,000 tokens) or ``24 N V`` where N is smaller than V.
+    Memory, beside the blocks: about ``8 k (V + 2k)`` bytes for a basis of k vectors and ten times 256 rows; where the
+    rank is full, at most ``70 V^2`` bytes (7 GB for 10,000 tokens), or ``30 N V`` where N is smaller than V.
 
     Args:
         log_probs: Nats, shape (N, V), or blocks of rows, (n, V) each, of any sizes.
@@ -163,7 +163,7 @@ def spectrum(log_probs: Tensor | Iterable[Tensor]) -> Spectrum:
     rows, n_rows = None, 0
     for block in _blocks([log_probs] if isinstance(log_probs, Tensor) else log_probs):
         rows = rows or _Rows(block)
-        rows.add(block.to(torch.float64))
+        rows.add(block.to(torch.float64, copy=True))
         n_rows += len(block)
     if rows is None:
         raise ValueError(
@@ -196,13 +196,18 @@ class _Rows:
             self.parts = [self._triangle()]
 
     def singular_values(self) -> Tensor:
-        rows = torch.cat(self.parts)
+        rows = self._take()
         if len(rows) < rows.shape[1]:  # LAPACK's own path for wide matrices is many times slower
             rows = rows.T
         return torch.linalg.svdvals(torch.linalg.qr(rows, mode="r").R)
 
     def _triangle(self) -> Tensor:
-        return torch.linalg.qr(torch.cat(self.parts), mode="r").R
+        return torch.linalg.qr(self._take(), mode="r").R
+
+    def _take(self) -> Tensor:
+        # The parts are let go of before the decomposition makes its copies.
+        rows, self.parts = torch.cat(self.parts), []
+        return rows
 
     def _coordinates(self, block: Tensor, basis: Tensor) -> Tensor:
         coordinates = block @ basis.T
@@ -245,6 +250,7 @@ def _blocks(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         while len(held) >= _BLOCK:
             yield held[:_BLOCK]
             held = held[_BLOCK:]
+        held = held.clone()  # the caller may use the block's memory again
     if held is not None and len(held):
         yield held
 

@@ -115,6 +115,13 @@ def test_the_blocks_may_be_cut_anywhere(size, activation):
     assert torch.equal(spectrum(blocks).singular_values, whole.singular_values)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigsoftmax"])
+def test_a_block_may_be_written_over_when_the_next_is_due(activation):
+    matrix, buffer = log_probs(1000, 80, 6, activation), torch.empty(100, 80, dtype=DOUBLE)
+    again = spectrum(buffer.copy_(block) for block in matrix.split(100))
+    assert torch.equal(again.singular_values, spectrum(matrix).singular_values)
+
+
 def test_directions_that_come_late_are_found():
     """Zeros first, then small rows of one space, then large ones of another, then the same again."""
     first, second = (torch.randn(600, 10, dtype=DOUBLE) @ torch.randn(10, 500, dtype=DOUBLE) for _ in range(2))
