@@ -81,6 +81,7 @@ class MLflowTracker(Logger):
         study: The comparison that the run belongs to, a tag.
         tags: More tags for the run.
         system_metrics: Whether processor, memory and GPU use are recorded along with the run.
+        run_id: Continue this run.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class MLflowTracker(Logger):
         study: str | None = None,
         tags: dict[str, str] | None = None,
         system_metrics: bool = True,
+        run_id: str | None = None,
     ) -> None:
         super().__init__()
         self.tracking_uri = tracking_uri or default_tracking_uri()
@@ -100,7 +102,7 @@ class MLflowTracker(Logger):
         self.system_metrics = system_metrics
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
-        self._run_id: str | None = None
+        self._run_id = run_id
         self._running = False
         self._monitor: SystemMetricsMonitor | None = None
 
@@ -118,9 +120,13 @@ class MLflowTracker(Logger):
     def _open(self) -> MlflowClient:
         if self._client is None:
             self._client = open_client(self.tracking_uri)
-            self._experiment_id = get_experiment(self._client, self.tracking_uri, self.experiment_name or "default")
-            run = self._client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name)
-            self._run_id = run.info.run_id
+            if self._run_id:
+                self._experiment_id = self._client.get_run(self._run_id).info.experiment_id
+                self._client.update_run(self._run_id, status="RUNNING")
+            else:
+                self._experiment_id = get_experiment(self._client, self.tracking_uri, self.experiment_name or "default")
+                run = self._client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name)
+                self._run_id = run.info.run_id
         elif not self._running:
             self._client.update_run(str(self._run_id), status="RUNNING")
         if not self._running:
@@ -161,7 +167,8 @@ class MLflowTracker(Logger):
         from mlflow.entities import Param
 
         params = vars(params) if isinstance(params, Namespace) else params
-        entities = [Param(key, str(value)[:6000]) for key, value in flatten(params)]
+        known = self._open().get_run(str(self.run_id)).data.params  # of a run that is continued
+        entities = [Param(key, str(value)[:6000]) for key, value in flatten(params) if key not in known]
         for start in range(0, len(entities), 100):  # MLflow's limit
             self._open().log_batch(str(self.run_id), params=entities[start : start + 100])
 

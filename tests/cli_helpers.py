@@ -117,7 +117,12 @@ def check_command(line, monkeypatch, capsys):
     if command != "compare":
         return [printed_config(capsys, command, *arguments)[0]]
     fits = []
-    monkeypatch.setattr(compare_command, "check", lambda command_lines: fits.extend(command_lines) or 3)
+
+    def stop(command_lines):
+        fits.extend(command_lines)
+        raise SystemExit(3)
+
+    monkeypatch.setattr(compare_command, "check", stop)
     with pytest.raises(SystemExit) as exit_:
         main(["compare", *arguments])
     assert exit_.value.code == 3, capsys.readouterr().err  # it came as far as the check

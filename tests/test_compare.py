@@ -13,6 +13,7 @@ from cli_helpers import QUIET, SCRIPT, Store, run_process
 from lightning.pytorch import Callback
 
 from lit_sigsoftmax.cli import main
+from lit_sigsoftmax.compare.fairness import unfair_differences
 from lit_sigsoftmax.training import run as run_training
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|ModelCheckpoint|log_every_n_steps)")
@@ -152,17 +153,51 @@ def test_each_run_leaves_a_log_and_nothing_is_written_outside_mlruns(study):
     }
 
 
+SAME = ("compare", *RECIPE, "--n_experts", "1", "2", "--seeds", "0..1", "--study", STUDY)
+
+
 @pytest.mark.slow
-def test_a_studys_name_is_used_once(study, monkeypatch, capsys):
+def test_the_same_command_trains_nothing_again(study, monkeypatch, capsys):
     store, _ = study
     monkeypatch.chdir(store.folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
-    before = len(store.runs())
+    before = {run.info.run_id for run in store.runs("tags.kind = 'fit'")}
+    main([*SAME, "--tracking_uri", store.uri, "--dry_run"])
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.endswith(": finished")] == [
+        f"{a} x{k} seed {seed}: finished" for seed in (0, 1) for k in (1, 2) for a in ("softmax", "sigsoftmax")
+    ]
+    assert "8 runs, 0 of them to train" in out
+    main([*SAME, "--tracking_uri", store.uri])
+    assert "8 of 8 runs are finished already" in capsys.readouterr().err
+    assert {run.info.run_id for run in store.runs("tags.kind = 'fit'")} == before
+
+
+@pytest.mark.slow
+def test_a_key_that_differs_from_the_studys_is_named_and_refused_unless_asked_for(study, monkeypatch, capsys):
+    store, _ = study
+    monkeypatch.chdir(store.folder)
+    other = [*SAME, "--tracking_uri", store.uri, "--data.eval_batch_size=5", "--dry_run"]
     with pytest.raises(SystemExit) as exit_:
-        main(["compare", *RECIPE, "--activations", "softmax", "--study", STUDY])
+        main(other)
     assert exit_.value.code == 2
-    assert f"there is a study {STUDY!r}" in capsys.readouterr().err
-    assert len(store.runs()) == before
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "data.eval_batch_size differs: 10 in " in error
+    assert "5 in softmax x1 seed 0" in error
+    assert "--allow_unfair" in error
+    main([*other, "--allow_unfair"])
+    assert "8 runs, 8 of them to train" in (out := capsys.readouterr().out)
+    assert "time, 1 at once: about" in out  # from the runs that have finished
+
+
+@pytest.mark.slow
+def test_runs_of_one_seed_differ_in_the_compared_keys_alone(study):
+    store, _ = study
+    runs = {run.info.run_name: run.data.params for run in store.runs("tags.kind = 'fit'")}
+    assert len(runs) == 8
+    assert unfair_differences(runs) == {}
+    assert set(unfair_differences(runs, axes=["model.n_experts"])) == {"model.activation"}
+    assert len({run.data.tags["config_hash"] for run in store.runs("tags.kind = 'fit'")}) == 8
+    assert {run.data.tags["baseline"] for run in store.runs("tags.kind = 'fit'")} == {"softmax x1"}
 
 
 # Studies that do not
@@ -208,6 +243,13 @@ def test_a_mistake_in_one_layer_shows_before_any_run(processes):
         (["--study", "two: seeds"], "two: seeds"),  # a mapping in YAML
         (["--study", "null"], "null"),
         (["--activations"], "activations"),
+        (["--vary", "optimizer.lr"], "--vary takes a key and its values"),
+        (["--tune", "optimizer.lr=1", "2"], "--tune takes a key and its values"),
+        (["--tune", "optimizer.lr", "1", "--tune", "optimizer.lr", "2"], "optimizer.lr is given twice"),
+        (["--vary", "optimizer.lr", "1", "2", "--tune", "optimizer.lr", "1"], "optimizer.lr is either compared"),
+        (["--baseline", "relu x1"], "'relu x1' is no arm of this comparison, which has 'softmax x1', 'sigsoftmax x1'"),
+        (["--executor", "mainframe"], "mainframe"),
+        (["--executor", "local", "--executor_args", "timeout_min"], "KEY=VALUE, not 'timeout_min'"),
     ],
 )
 def test_mistakes_in_compares_own_arguments(arguments, named, tmp_path, monkeypatch, capsys):

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lit_sigsoftmax.compare.plan import PlannedRun, parse_seeds, plan
+from lit_sigsoftmax.compare.cluster import train_on_cluster
+from lit_sigsoftmax.compare.job import Job, close, find
+from lit_sigsoftmax.compare.options import Options, read_options
+from lit_sigsoftmax.compare.plan import tuning_runs
 from lit_sigsoftmax.compare.run import check, train
+from lit_sigsoftmax.compare.study import Study
 from lit_sigsoftmax.compare.table import collect, log_summary, rich_table, study_runs
-from lit_sigsoftmax.tracking import default_tracking_uri, open_client, store_root
-from lit_sigsoftmax.training import resolve_recipes
+from lit_sigsoftmax.compare.tuning import choose
+from lit_sigsoftmax.tracking import open_client, sqlite_path
 from lit_sigsoftmax.views import comparison_url
 
 if TYPE_CHECKING:
@@ -30,84 +29,94 @@ __all__ = ["compare"]
 
 
 def compare(args: Sequence[str]) -> None:
-    """Train every combination of output layer and seed of one recipe, and print and log the table.
+    """Train every arm of a comparison with every seed, and print and log the table.
+
+    What an earlier, stopped command of the same study has finished is kept, what it has begun is continued.
 
     Args:
         args: The command line after ``compare``; what it does not know itself goes to every ``fit``.
 
     Raises:
-        SystemExit: 2 for a mistake in the command line or the recipe, 1 where a run failed.
+        SystemExit: 2 for a mistake in the command line or the recipe, 1 where a run failed, 130 for Ctrl-C.
     """
-    parser = _parser()
-    options, recipe = parser.parse_known_args(args)
-    if options.workers < 1 or min(options.n_experts) < 1:
-        parser.error(f"--workers and --n_experts are at least 1, not {min(options.workers, *options.n_experts)}")
-    study = options.study or datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    # Runs get the name as a YAML value and are found by it in a quoted query: it must be a plain word to both.
-    if not re.fullmatch(r"(?!null$|true$|false$)\w(?!.*: )[\w .:+-]*", study, re.IGNORECASE):
-        parser.error(f"--study is a name of letters, digits, spaces and . : + - _, not {study!r}")
+    options = read_options(args)
     try:
-        runs = plan(options.activations, options.n_experts, parse_seeds(options.seeds))
-    except ValueError as error:
-        parser.error(str(error))
-    uri = options.tracking_uri or default_tracking_uri()
-    logger = "--trainer.logger.init_args."
-    recipe = [*resolve_recipes(recipe), f"{logger}study={study}", f"{logger}tracking_uri={uri}"]
-    if code := check([[*recipe, *run.arguments] for run in runs if run.seed == runs[0].seed]):
-        raise SystemExit(code)
-    client = open_client(uri)
-    if study_runs(client, study):
-        parser.error(f"there is a study {study!r} in {uri} already: choose another name with --study")
-    failed = _train_all(runs, recipe, store_root(uri) / "logs" / re.sub(r"\W", "-", study), options.workers)
-    _conclude(client, uri, study)
+        _compare(options)
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command with --study '{options.study}' continues it", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _compare(options: Options) -> None:
+    first = tuning_runs(options.runs, options.tune)
+    recipe = [*options.recipe, f"--trainer.logger.init_args.tracking_uri={options.tracking_uri}"]
+    study = Study(options, check([[*recipe, *run.arguments] for run in first]))
+    path = sqlite_path(options.tracking_uri)
+    if options.dry_run and path and not path.exists():  # a dry run makes no store
+        print(study.describe(None))
+        return
+    client = open_client(options.tracking_uri)
+    if not options.allow_unfair and (unfair := study.unfair(study_runs(client, options.study))):
+        options.fail(f"{unfair}; name the keys that are compared with --vary, or pass --allow_unfair")
+    if options.dry_run:
+        print(study.describe(client))
+        return
+    study.logs.mkdir(parents=True, exist_ok=True)
+    failed, runs = 0, options.runs
+    if options.tune:
+        failed = _train_all(client, options, study.jobs(first, tuning=True))
+        runs = choose(client, study, first)
+    failed += _train_all(client, options, study.jobs(runs))
+    study.mark_baseline(client)
+    _conclude(client, options.tracking_uri, options.study)
     if failed:
         raise SystemExit(1)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "lit-sigsoftmax compare",
-        description="Train every combination of output layer and seed of one recipe; print and log the table.",
-        epilog="Further arguments are those of lit-sigsoftmax fit, such as --config, --data.root or "
-        "--trainer.max_epochs, and hold for every run.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--activations", nargs="+", default=["softmax", "sigsoftmax"], metavar="NAME")
-    parser.add_argument("--n_experts", nargs="+", type=int, default=[1], metavar="K")
-    parser.add_argument("--seeds", nargs="+", default=["0"], metavar="SEED", help="such as 0 1 2 or 0..4")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time; they share the processor's cores")
-    parser.add_argument("--study", help="name that ties the runs together (default: date and time)")
-    parser.add_argument("--tracking_uri", help=f"the MLflow store (default: {default_tracking_uri()})")
-    return parser
-
-
-def _train_all(runs: Sequence[PlannedRun], recipe: Sequence[str], logs: Path, workers: int) -> int:
-    logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+def _train_all(client: MlflowClient, options: Options, jobs: Sequence[Job]) -> int:
+    """Train what is not finished; returns how many runs failed."""
+    left = [job for job in jobs if not any(run.info.status == "FINISHED" for run in find(client, job))]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars, ThreadPoolExecutor(workers) as pool:
-        total = bars.add_task("runs", total=len(runs))
+    failed = 0
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        total = bars.add_task("runs", total=len(jobs), completed=len(jobs) - len(left))
+        if len(left) < len(jobs):
+            bars.print(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
+        tasks = {}
 
-        def one(run: PlannedRun) -> bool:
-            log, start = logs / f"{run.name}.log", time.perf_counter()
-            bar = bars.add_task(run.name, total=None)
-            done = train(
-                [*recipe, *run.arguments],
-                log,
-                lambda step, steps: bars.update(bar, completed=step, total=steps),
-                threads,
-            )
-            bars.remove_task(bar)
-            bars.advance(total)
-            outcome = "done" if done else f"FAILED, see {log}\n{_last_lines(log)}\n{run.name} failed"
-            bars.print(f"{run.name}: {outcome} after {time.perf_counter() - start:.0f} s", markup=False)
-            return done
+        def on_step(job: Job, step: int, steps: int) -> None:
+            if job not in tasks:
+                tasks[job] = bars.add_task(job.name, total=steps)
+            bars.update(tasks[job], completed=step)
 
-        return len(runs) - sum(pool.map(one, runs))
+        ends = train_on_cluster(left, options.executor) if options.executor else train(left, options.workers, on_step)
+        open_jobs = dict.fromkeys(left)
+        try:
+            with closing(ends):
+                for job, done in ends:
+                    del open_jobs[job]
+                    if job in tasks:
+                        bars.remove_task(tasks[job])
+                    bars.advance(total)
+                    bars.print(_outcome(client, job, done), markup=False)
+                    failed += not done
+        finally:
+            for job in open_jobs:
+                close(client, job, "KILLED")
+    return failed
+
+
+def _outcome(client: MlflowClient, job: Job, done: bool) -> str:
+    if not done:
+        close(client, job, "FAILED")
+        return f"{job.name}: FAILED, see {job.log}\n{_last_lines(job.log)}\n{job.name} failed"
+    run = find(client, job)[0]
+    seconds = (run.info.end_time - run.info.start_time) / 1000
+    return f"{job.name}: done after {seconds:.0f} s"
 
 
 def _conclude(client: MlflowClient, uri: str, study: str) -> None:
-    runs = study_runs(client, study)
+    runs = [run for run in study_runs(client, study) if run.data.tags.get("role") != "tuning"]
     arms = collect(runs)
     if not arms:
         print("no run has finished: there is nothing to compare", file=sys.stderr)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-__all__ = ["PlannedRun", "parse_seeds", "plan"]
+__all__ = ["PlannedRun", "default_baseline", "grid", "parse_seeds", "plan", "tuning_runs"]
+
+Settings = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -16,27 +19,78 @@ class PlannedRun:
         activation: The output activation, a registered name or an import path.
         n_experts: The number of mixed distributions.
         seed: The seed of initial weights, data order and dropout.
+        varied: Further keys of the recipe in which the arms differ, with this arm's values.
+        tuned: Keys whose value each arm chooses for itself, with the value of this run.
     """
 
     activation: str
     n_experts: int
     seed: int
+    varied: Settings = ()
+    tuned: Settings = ()
+
+    @property
+    def arm(self) -> str:
+        """What is compared: all runs that differ in their seed alone, as in ``sigsoftmax x4 hidden_size=200``."""
+        return " ".join([f"{self.activation} x{self.n_experts}", *map(_short, self.varied)])
 
     @property
     def name(self) -> str:
         """The run in words, as in ``sigsoftmax x4 seed 2``."""
-        return f"{self.activation} x{self.n_experts} seed {self.seed}"
+        return " ".join([self.arm, *map(_short, self.tuned), f"seed {self.seed}"])
 
     @property
     def arguments(self) -> list[str]:
         """The keys in which this run differs from the recipe, for the command line of ``fit``."""
         layer = [f"--model.activation={self.activation}", f"--model.n_experts={self.n_experts}"]
-        return [*layer, f"--seed_everything={self.seed}"]
+        further = [f"--{key}={value}" for key, value in (*self.varied, *self.tuned)]
+        return [*layer, *further, f"--seed_everything={self.seed}"]
 
 
-def plan(activations: Sequence[str], n_experts: Sequence[int], seeds: Sequence[int]) -> list[PlannedRun]:
-    """Return every combination once, seed by seed, so that a study stopped early has all its layers."""
-    return list(dict.fromkeys(PlannedRun(a, k, seed) for seed in seeds for k in n_experts for a in activations))
+def plan(
+    activations: Sequence[str],
+    n_experts: Sequence[int],
+    seeds: Sequence[int],
+    vary: Mapping[str, Sequence[str]] | None = None,
+) -> list[PlannedRun]:
+    """Return every combination once, seed by seed, so that a study stopped early has all its layers.
+
+    Args:
+        activations: The output activations.
+        n_experts: The mixture sizes.
+        seeds: The seeds.
+        vary: Further keys of the recipe with the values to combine.
+    """
+    return list(
+        dict.fromkeys(
+            PlannedRun(activation, k, seed, varied)
+            for seed in seeds
+            for varied in grid(vary or {})
+            for k in n_experts
+            for activation in activations
+        )
+    )
+
+
+def grid(values: Mapping[str, Sequence[str]]) -> list[Settings]:
+    """Return every combination of the values.
+
+    Example:
+        >>> grid({"optimizer.lr": ["1", "2"]})
+        [(('optimizer.lr', '1'),), (('optimizer.lr', '2'),)]
+    """
+    return [tuple(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def tuning_runs(runs: Sequence[PlannedRun], tune: Mapping[str, Sequence[str]]) -> list[PlannedRun]:
+    """Return the runs that choose each arm's values: its whole grid with the first seed."""
+    first = [run for run in runs if run.seed == runs[0].seed]
+    return [replace(run, tuned=values) for run in first for values in grid(tune)]
+
+
+def default_baseline(runs: Sequence[PlannedRun]) -> str:
+    """Return the first arm with softmax, or the first of all."""
+    return next((run for run in runs if run.activation == "softmax"), runs[0]).arm
 
 
 def parse_seeds(words: Sequence[str]) -> list[int]:
@@ -60,3 +114,8 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
             raise ValueError(f"a seed is a number, or a range such as 0..4, not {word!r}")
         seeds += found
     return list(dict.fromkeys(seeds))
+
+
+def _short(setting: tuple[str, str]) -> str:
+    key, value = setting
+    return f"{key.rpartition('.')[2]}={value}"

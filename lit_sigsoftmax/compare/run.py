@@ -1,62 +1,164 @@
-"""Training runs as processes of their own: what one does to itself does not touch the others."""
+"""Runs as processes of their own: what one does to itself does not touch the others."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import multiprocessing
 import os
-import sys
+import signal
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["check", "train"]
+from lit_sigsoftmax.compare.job import Job
 
-Progress = Callable[[int, int], None]
+__all__ = ["Share", "check", "shares", "train"]
+
+# What a run may take to write its last checkpoint and to close its run in the store, when it is told to end.
+_PATIENCE = 5.0
 
 
-def train(arguments: Sequence[str], log: Path, progress: Progress, threads: int) -> bool:
-    """Run ``fit`` with the given arguments in a new process.
+@dataclass(frozen=True)
+class Share:
+    """What one worker may use of the machine.
+
+    Attributes:
+        threads: Processor threads.
+        devices: The value of ``CUDA_VISIBLE_DEVICES``; None leaves it as it is.
+    """
+
+    threads: int
+    devices: str | None = None
+
+
+def shares(workers: int, cpus: int, gpus: Sequence[str] = ()) -> list[Share]:
+    """Divide a machine among workers.
 
     Args:
-        arguments: The command line after ``fit``.
-        log: The file that gets what the run prints.
-        progress: Called with the steps done and the steps in all.
-        threads: The processor threads that it may use.
+        workers: Number of runs at a time.
+        cpus: Number of processor cores.
+        gpus: The GPUs, as ``CUDA_VISIBLE_DEVICES`` names them. Workers beyond their number share them in turn.
 
-    Returns:
-        Whether the run succeeded.
+    Example:
+        >>> shares(2, 8, ["0", "1", "2"])
+        [Share(threads=4, devices='0,1'), Share(threads=4, devices='2')]
     """
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = _context().Process(target=_train, args=(list(arguments), str(log), sender, threads))
-    process.start()
-    sender.close()
+    threads = max(1, cpus // workers)
+    if not gpus:
+        return [Share(threads)] * workers
+    if workers > len(gpus):
+        return [Share(threads, gpus[i % len(gpus)]) for i in range(workers)]
+    size, more = divmod(len(gpus), workers)
+    starts = [i * size + min(i, more) for i in range(workers + 1)]
+    return [Share(threads, ",".join(gpus[a:b])) for a, b in itertools.pairwise(starts)]
+
+
+def train(
+    jobs: Sequence[Job], workers: Sequence[Share], on_step: Callable[[Job, int, int], None]
+) -> Generator[tuple[Job, bool], None, None]:
+    """Train jobs in processes of their own, as many at a time as there are workers.
+
+    However the iteration ends, no process is left: each run leads a process group, which is ended as a whole, and each
+    ends itself when this process is gone.
+
+    Args:
+        jobs: The runs.
+        workers: What each worker may use.
+        on_step: Called with the steps done and the steps in all.
+
+    Yields:
+        The job that has ended, and whether it succeeded.
+    """
+    waiting, free = list(jobs), list(workers)
+    running: dict[Connection, tuple[Job, Share, _Child]] = {}
     try:
-        while True:
-            progress(*receiver.recv())
-    except EOFError:  # the process has ended, or at least closed its end
-        process.join()
+        while waiting or running:
+            while waiting and free:
+                job, share = waiting.pop(0), free.pop(0)
+                child = _Child(_train, job, share)
+                running[child.receiver] = (job, share, child)
+            for receiver in wait(list(running)):
+                job, share, child = running[receiver]  # type: ignore[index]
+                try:
+                    on_step(job, *child.receiver.recv())
+                except EOFError:  # the process has ended
+                    del running[child.receiver]
+                    free.append(share)
+                    yield job, child.end() == 0
     finally:
-        if process.is_alive():
-            process.terminate()
-            process.join()
-    return process.exitcode == 0
+        for _, _, child in running.values():
+            child.signal(signal.SIGTERM)
+        for _, _, child in running.values():
+            child.end(_PATIENCE)
 
 
-def check(command_lines: Sequence[Sequence[str]]) -> int:
+def check(command_lines: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """Make model, data and trainer of each command line without training, so that a mistake shows before hours.
 
     Returns:
-        The exit code: 0 where all can be made; otherwise the error has been printed.
+        The flattened configuration of each, with the corpus's fingerprint and number of types.
+
+    Raises:
+        SystemExit: One cannot be made; the error has been printed.
     """
-    process = _context().Process(target=_check, args=([list(line) for line in command_lines],))
-    process.start()
-    process.join()
-    return process.exitcode or 0
+    child = _Child(_check, [list(line) for line in command_lines])
+    params: list[dict[str, str]] = []
+    try:
+        with contextlib.suppress(EOFError):
+            while True:
+                params.append(child.receiver.recv())
+    except BaseException:
+        child.end(0)
+        raise
+    if code := child.end():
+        raise SystemExit(code)
+    return params
+
+
+class _Child:
+    """A process with a pipe for what it reports, and one that tells it when its parent is gone."""
+
+    def __init__(self, target: Callable[..., None], *args: Any) -> None:
+        self.receiver, sender = multiprocessing.Pipe(duplex=False)
+        watched, self.lifeline = multiprocessing.Pipe(duplex=False)
+        self.process: BaseProcess = _context().Process(target=_main, args=(target, sender, watched, *args))
+        self.process.start()
+        sender.close()
+        watched.close()
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(self.process.pid or 0), number)
+
+    def end(self, patience: float = _PATIENCE) -> int:
+        """Wait a moment, end what is left of the process's group, and return its exit code."""
+        self.process.join(patience)
+        self.signal(signal.SIGKILL)
+        self.process.kill()  # where it has no group yet
+        self.process.join()
+        self.lifeline.close()
+        self.receiver.close()
+        return int(self.process.exitcode or 0)
+
+
+def _main(target: Callable[..., None], sender: Connection, watched: Connection, *args: Any) -> None:
+    os.setsid()
+    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
+    target(sender, *args)
+
+
+def _end_with_parent(watched: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        watched.recv()  # nothing is ever sent: this returns when the other end is closed, by whatever death
+    os.killpg(0, signal.SIGKILL)
 
 
 class _Reporter(Callback):
@@ -80,29 +182,35 @@ def _context() -> Any:
     return context
 
 
-def _train(arguments: list[str], log: str, sender: Connection, threads: int) -> None:
+def _train(sender: Connection, job: Job, share: Share) -> None:
     import torch
 
-    from lit_sigsoftmax import training
-
-    with open(log, "w") as out:
+    with job.log.open("a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    torch.set_num_threads(threads)
-    # What Lightning starts the other processes of a DDP run with.
-    sys.argv = [str(Path(training.__file__).with_name("__main__.py")), "fit", *arguments]
+    torch.set_num_threads(share.threads)
+    if share.devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = share.devices
     try:
-        training.run(sys.argv[1:], [_Reporter(sender)])
+        job([_Reporter(sender)])
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None
 
 
-def _check(command_lines: list[list[str]]) -> None:
+def _check(sender: Connection, command_lines: list[list[str]]) -> None:
     from lit_sigsoftmax.training import LanguageModelCLI, silence_noise
 
     silence_noise()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for line in command_lines:
-        LanguageModelCLI(line, run=False)
+        cli = LanguageModelCLI(line, run=False)
+        sender.send(_params(cli.config.as_dict(), cli.datamodule.corpus))
+
+
+def _params(config: Mapping[str, Any], corpus: Any) -> dict[str, str]:
+    from lit_sigsoftmax.tracking import flatten
+
+    facts = {"fingerprint": corpus.fingerprint, "types": len(corpus.vocabulary)}
+    return {key: str(value)[:6000] for key, value in flatten({**config, "corpus": facts})}

@@ -1,0 +1,79 @@
+"""What may differ between two runs that are compared, and what makes a run the same as another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+
+__all__ = ["config_hash", "same_key", "unfair_differences"]
+
+# Keys that say where a run is kept, how it is shown or what follows from other keys.
+_IMMATERIAL = (
+    "config",
+    "ckpt_path",
+    "weights_only",
+    "verbose",
+    "print_config",
+    "parameters",  # of the model: counted, not set
+    "data.root",  # the corpus is known by its fingerprint
+    "checkpoint.dirpath",
+    "last_checkpoint",
+    "lr_scheduler.T_max",  # follows trainer.max_epochs
+    "trainer.default_root_dir",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+)
+# What the fingerprint stands for.
+_CORPUS = ("corpus.train", "corpus.valid", "corpus.test", "corpus.entropy", "corpus.perplexity_floor")
+_SEED = "seed_everything"
+
+
+def unfair_differences(
+    runs: Mapping[str, Mapping[str, str]], axes: Collection[str] = ("model.activation", "model.n_experts")
+) -> dict[str, dict[str, list[str]]]:
+    """Find the keys in which runs differ although the comparison is not about them.
+
+    Args:
+        runs: Name of a run to its flattened parameters, as in MLflow: the resolved configuration and ``corpus.*``.
+        axes: The keys that are compared, with everything below them.
+
+    Returns:
+        Key to value to the runs that have it, for each key with more than one value. A key that a run lacks is None.
+    """
+    ignored = [*_IMMATERIAL, *_CORPUS, _SEED, *map(same_key, axes)]
+    keys = dict.fromkeys(key for params in runs.values() for key in params if not _below(key, ignored))
+    found: dict[str, dict[str, list[str]]] = {}
+    for key in keys:
+        values: dict[str, list[str]] = {}
+        for name, params in runs.items():
+            values.setdefault(str(params.get(key)), []).append(name)
+        if len(values) > 1:
+            found[key] = values
+    return found
+
+
+def config_hash(params: Mapping[str, str]) -> str:
+    """Return 16 hexadecimal digits that differ where two runs can give different results.
+
+    Args:
+        params: The flattened configuration with ``corpus.fingerprint``.
+    """
+    material = {key: value for key, value in params.items() if not _below(key, _IMMATERIAL)}
+    return hashlib.blake2b(json.dumps(material, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def same_key(key: str) -> str:
+    """Return a key of the command line as it stands in the parameters: without ``init_args``.
+
+    Example:
+        >>> same_key("model.init_args.backbone.init_args.hidden_size")
+        'model.backbone.hidden_size'
+    """
+    return ".".join(part for part in key.split(".") if part not in ("init_args", "class_path"))
+
+
+def _below(key: str, parents: Iterable[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)

@@ -1,0 +1,93 @@
+"""One run of a study: found in the store, continued, or started."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from lightning.pytorch import Callback
+
+from lit_sigsoftmax.tracking import open_client, store_root
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["Job", "close", "find"]
+
+_LOGGER = "--trainer.logger.init_args."
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be trained, wherever that is done.
+
+    Attributes:
+        name: The run in words.
+        arguments: The command line after ``fit``.
+        tracking_uri: The store.
+        study: The study.
+        config_hash: What the run is known by within the study.
+        log: The file for what it prints.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    tracking_uri: str
+    study: str
+    config_hash: str
+    log: Path
+
+    def __call__(self, callbacks: Sequence[Callback] = ()) -> None:
+        """Train in this process, from the last checkpoint where an earlier attempt left one.
+
+        The lock is the system's: it goes with the process, however that ends. So an unfinished run without its lock is
+        known to be dead, and two commands of one study never train the same run twice.
+        """
+        from lit_sigsoftmax import training
+
+        with FileLock(self.log.with_suffix(".lock")):
+            client = open_client(self.tracking_uri)
+            runs = find(client, self)
+            if any(run.info.status == "FINISHED" for run in runs):
+                return  # another command has trained it while this one waited
+            arguments = [*self.arguments, *_continue(client, self, runs)]
+            # What Lightning starts the other processes of a DDP run with.
+            sys.argv = [str(Path(training.__file__).with_name("__main__.py")), "fit", *arguments]
+            training.run(sys.argv[1:], callbacks)
+
+    def checkpoint(self) -> Any:
+        """Queue the same job again: submitit calls this when a cluster takes the machine away."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def find(client: MlflowClient, job: Job) -> list[Any]:
+    """Return the job's runs in the store, newest first."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"tags.study = '{job.study}' and tags.config_hash = '{job.config_hash}' and tags.kind = 'fit'"
+    return list(client.search_runs(experiments, query, order_by=["attributes.start_time DESC"])) if experiments else []
+
+
+def close(client: MlflowClient, job: Job, status: str) -> None:
+    """Give the job's runs that count as running a status, after their process has ended without doing so."""
+    for run in find(client, job):
+        if run.info.status == "RUNNING":
+            client.set_terminated(run.info.run_id, status)
+
+
+def _continue(client: MlflowClient, job: Job, runs: Sequence[Any]) -> list[str]:
+    # The newest that has a checkpoint goes on; the others are deleted: an attempt that starts again at step 0 would
+    # draw its curves over those of the first.
+    arguments: list[str] = []
+    for run in runs:
+        last = store_root(job.tracking_uri) / "checkpoints" / run.info.run_id / "last.ckpt"
+        if last.exists() and not arguments:
+            arguments = [f"--ckpt_path={last}", f"{_LOGGER}run_id={run.info.run_id}"]
+        else:
+            client.delete_run(run.info.run_id)
+    return arguments

@@ -1,0 +1,120 @@
+"""A study: its jobs, what is unfair in it, and how far it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from lit_sigsoftmax.compare.fairness import config_hash, unfair_differences
+from lit_sigsoftmax.compare.job import Job, find
+from lit_sigsoftmax.compare.options import Options
+from lit_sigsoftmax.compare.plan import PlannedRun, tuning_runs
+from lit_sigsoftmax.compare.table import study_runs
+from lit_sigsoftmax.tracking import store_root
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["Study"]
+
+
+class Study:
+    """Runs that are compared, with what is known of them before they are trained.
+
+    Args:
+        options: The command line.
+        params: The flattened configuration of each arm with the first seed and each value that is tuned, as from
+            :func:`lit_sigsoftmax.compare.run.check`, in the order of
+            :func:`lit_sigsoftmax.compare.plan.tuning_runs`.
+    """
+
+    def __init__(self, options: Options, params: Sequence[dict[str, str]]) -> None:
+        self.options = options
+        self.logs: Path = store_root(options.tracking_uri) / "logs" / _file_name(options.study)
+        first = tuning_runs(options.runs, options.tune)
+        self._params = {(run.arm, run.tuned): found for run, found in zip(first, params, strict=True)}
+
+    def jobs(self, runs: Sequence[PlannedRun], tuning: bool = False) -> list[Job]:
+        """Return the jobs that train the runs, under the tags by which they are found again."""
+        return [self.job(run, tuning) for run in runs]
+
+    def job(self, run: PlannedRun, tuning: bool = False) -> Job:
+        """Return the job that trains a run."""
+        options = self.options
+        known_as = config_hash(self.params(run))
+        tags = {"arm": run.arm, "baseline": options.baseline, "axes": " ".join(options.axes), "config_hash": known_as}
+        logger = {
+            "tracking_uri": options.tracking_uri,
+            "study": options.study,
+            "run_name": run.name,
+            "tags": json.dumps(tags | ({"role": "tuning"} if tuning else {})),
+        }
+        given = [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
+        arguments = (*options.recipe, *run.arguments, *given)
+        log = self.logs / f"{_file_name(run.name)}.log"
+        return Job(run.name, arguments, options.tracking_uri, options.study, known_as, log)
+
+    def params(self, run: PlannedRun) -> dict[str, str]:
+        """Return the flattened configuration of a run."""
+        return {**self._params[run.arm, run.tuned], "seed_everything": str(run.seed)}
+
+    def unfair(self, stored: Sequence[Any]) -> str:
+        """Return in which keys the runs differ though they are not compared, in words; nothing where they do not.
+
+        Args:
+            stored: The study's runs in the store.
+        """
+        runs = {f"{run.info.run_name} in the store": run.data.params for run in stored if run.data.params}
+        runs |= {
+            run.name: self._params[run.arm, run.tuned] for run in tuning_runs(self.options.runs, self.options.tune)
+        }
+        found = unfair_differences(runs, self.options.axes)
+        return "; ".join(f"{key} differs: {_values(values)}" for key, values in found.items())
+
+    def describe(self, client: MlflowClient | None) -> str:
+        """Return the plan in words: each run and its state, their number, and how long they will take."""
+        options = self.options
+        later = sum(run.seed != options.runs[0].seed for run in options.runs) if options.tune else 0
+        planned = tuning_runs(options.runs, options.tune) if options.tune else options.runs
+        states = {run.name: _state(client, self.job(run)) for run in planned}
+        lines = [f"{name}: {state}" for name, state in states.items()]
+        if later:
+            lines.append(f"{later} more, with the values that each arm chooses: its other seeds")
+        left = len(planned) + later - list(states.values()).count("finished")
+        lines.append(f"{len(planned) + later} runs, {left} of them to train")
+        runs = study_runs(client, options.study) if client else []
+        seconds = [_seconds(run) for run in runs if run.info.status == "FINISHED"]
+        time = f"about {mean(seconds) * left / len(options.workers) / 60:.1f} minutes" if seconds else "no estimate yet"
+        return "\n".join([*lines, f"time, {len(options.workers)} at once: {time}"])
+
+    def mark_baseline(self, client: MlflowClient) -> None:
+        """Let every run of the study say which arm the others are compared with."""
+        for run in study_runs(client, self.options.study):
+            if run.data.tags.get("baseline") != self.options.baseline:
+                client.set_tag(run.info.run_id, "baseline", self.options.baseline)
+
+
+def _state(client: MlflowClient | None, job: Job) -> str:
+    runs = find(client, job) if client else []
+    if any(run.info.status == "FINISHED" for run in runs):
+        return "finished"
+    return f"to be continued or started again ({runs[0].info.status})" if runs else "to be trained"
+
+
+def _seconds(run: Any) -> float:
+    return float(run.info.end_time - run.info.start_time) / 1000
+
+
+def _values(values: dict[str, list[str]]) -> str:
+    return ", ".join(
+        f"{value} in {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for value, names in values.items()
+    )
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w .=+-]", "-", name)

@@ -1,0 +1,123 @@
+"""Studies that vary, tune, stop and go on, and studies on a cluster."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from cli_helpers import NO_SYSTEM_METRICS, SCRIPT, SMALL
+
+from lit_sigsoftmax.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*many workers")]
+
+TINY = (*SMALL, NO_SYSTEM_METRICS, "--trainer.limit_train_batches=4")
+# Takes its time while there is a file called slow.
+SLOW = """
+import time
+from pathlib import Path
+
+
+def log_g(z):
+    time.sleep(0.1 * Path("slow").exists())
+    return z
+"""
+FAILS = """
+def log_g(z):
+    if z.requires_grad:
+        raise ArithmeticError("on purpose")
+    return z
+"""
+
+
+def test_each_arm_chooses_among_the_same_values_by_validation(store, capsys):
+    command = ["compare", *TINY, "--activations", "sigsoftmax", "--seeds", "0", "1", "--study", "tuned", "--workers=2"]
+    command += ["--vary", "model.backbone.hidden_size", "4", "8", "--tune", "optimizer.lr", "1e-7", "0.05"]
+    main(command)
+    runs = store.runs("tags.kind = 'fit'")
+    arms = {"sigsoftmax x1 hidden_size=4", "sigsoftmax x1 hidden_size=8"}
+    assert {run.data.tags["arm"] for run in runs} == arms
+    assert {run.data.tags["baseline"] for run in runs} == {"sigsoftmax x1 hidden_size=4"}
+    lost = [run for run in runs if run.data.tags.get("role") == "tuning"]
+    kept = [run for run in runs if "role" not in run.data.tags]
+    assert {(run.data.tags["arm"], run.data.tags["seed"]) for run in lost} == {(arm, "0") for arm in arms}
+    assert {(run.data.tags["arm"], run.data.tags["seed"]) for run in kept} == {(arm, s) for arm in arms for s in "01"}
+    assert len(lost) == 2
+    assert len(kept) == 4
+    for run in kept:
+        (other,) = [one for one in lost if one.data.tags["arm"] == run.data.tags["arm"]]
+        assert run.data.params["optimizer.lr"] != other.data.params["optimizer.lr"]
+        if run.data.tags["seed"] == "0":
+            assert run.data.metrics["val/best_perplexity"] < other.data.metrics["val/best_perplexity"]
+    assert "sigsoftmax x1 hidden_size=8: optimizer.lr=0.05 chosen by validation" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_plan_and_makes_no_store(store, capsys):
+    (store.folder / "mlruns" / "mlflow.db").unlink()
+    arguments = ["--seeds", "0..2", "--tune", "optimizer.lr", "0.1", "0.2", "0.3", "--n_experts", "1", "2"]
+    main(["compare", *TINY, "--activations", "softmax", *arguments, "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "softmax x1 lr=0.1 seed 0: to be trained"
+    assert lines[-3:] == [
+        "4 more, with the values that each arm chooses: its other seeds",
+        "10 runs, 10 of them to train",
+        "time, 1 at once: no estimate yet",
+    ]
+    assert not (store.folder / "mlruns" / "mlflow.db").exists()
+
+
+def wait_until(condition, seconds=120):
+    for _ in range(seconds * 10):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{condition.__name__} did not come about")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
+    Path("slow.py").write_text(SLOW)
+    Path("slow").touch()
+    command = ["compare", *TINY, "--activations", "slow.log_g", "softmax", "--study", "stopped"]
+    command.append("--trainer.max_epochs=3")
+    process = subprocess.Popen([*SCRIPT, *command], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: list(store.folder.rglob("last.ckpt")))
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) > 1
+        os.kill(process.pid, number)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family), 30)
+    (begun,) = store.runs("tags.kind = 'fit'")
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert error.splitlines()[-1].startswith("interrupted: the same command")
+        assert "Traceback" not in error
+        assert begun.info.status != "RUNNING"
+    Path("slow").unlink()
+    main(command)
+    runs = store.runs("tags.kind = 'fit'")
+    assert sorted(run.data.tags["activation"] for run in runs) == ["slow.log_g", "softmax"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert begun.info.run_id in {run.info.run_id for run in runs}
+    log = (store.folder / "mlruns" / "logs" / "stopped" / "slow.log_g x1 seed 0.log").read_text()
+    assert "Restored all states from the checkpoint" in log
+
+
+def test_on_a_cluster_a_run_that_fails_takes_nothing_with_it(store, capsys):
+    Path("fails.py").write_text(FAILS)
+    arguments = ["--activations", "fails.log_g", "softmax", "--study", "cluster"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", *TINY, *arguments, "--executor", "local", "--executor_args", "timeout_min=10"])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert "fails.log_g x1 seed 0: FAILED, see " in error
+    assert "ArithmeticError: on purpose" in error
+    assert "softmax x1 seed 0: done after" in error
+    statuses = {run.data.tags["activation"]: run.info.status for run in store.runs("tags.kind = 'fit'")}
+    assert statuses == {"fails.log_g": "FAILED", "softmax": "FINISHED"}
