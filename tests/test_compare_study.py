@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 from cli_helpers import NO_SYSTEM_METRICS, SCRIPT, SMALL
 
 from lit_sigsoftmax.cli import main
+from lit_sigsoftmax.compare.job import Job, close
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*many workers")]
 
@@ -107,6 +109,39 @@ def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
     assert begun.info.run_id in {run.info.run_id for run in runs}
     log = (store.folder / "mlruns" / "logs" / "stopped" / "slow.log_g x1 seed 0.log").read_text()
     assert "Restored all states from the checkpoint" in log
+
+
+def stored_job(store, status):
+    """A job of which the store has one run."""
+    job = Job("a run", ("--no-such-argument",), store.uri, "shared", "abcd", store.folder / "a run.log")
+    tags = {"study": job.study, "config_hash": job.config_hash, "kind": "fit"}
+    run = store.client.create_run(store.client.create_experiment("corpus"), tags=tags)
+    store.client.set_terminated(run.info.run_id, status)
+    return job
+
+
+def test_what_another_command_has_finished_is_not_trained_again(store):
+    job = stored_job(store, "FINISHED")
+    job()  # with these arguments, training would be an error
+    assert store.run().info.status == "FINISHED"
+    with pytest.raises(SystemExit):
+        replace(job, config_hash="another")()
+
+
+def test_a_run_that_another_process_trains_is_not_called_dead(store):
+    job = stored_job(store, "RUNNING")
+    with job.lock:
+        close(store.client, job, "KILLED")
+        assert store.run().info.status == "RUNNING"
+    close(store.client, job, "KILLED")
+    assert store.run().info.status == "KILLED"
+
+
+def test_an_attempt_without_a_checkpoint_is_deleted_before_the_next(store):
+    job = stored_job(store, "FAILED")
+    with pytest.raises(SystemExit):
+        job()
+    assert store.runs() == []
 
 
 def test_on_a_cluster_a_run_that_fails_takes_nothing_with_it(store, capsys):

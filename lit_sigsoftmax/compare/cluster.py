@@ -55,10 +55,8 @@ def train_on_cluster(jobs: Sequence[Job], executor: Any) -> Generator[tuple[Job,
             for job, handle in list(submitted):
                 if handle.done():
                     submitted.remove((job, handle))
-                    failed = handle.exception() is not None
-                    if failed or not job.log.exists():
-                        _keep_log(job, handle)
-                    yield job, not failed
+                    _keep_log(job, handle)
+                    yield job, handle.exception() is None
             time.sleep(_POLL_SECONDS if submitted else 0)
     finally:
         for _, handle in submitted:

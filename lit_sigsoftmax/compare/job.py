@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from lightning.pytorch import Callback
 
 from lit_sigsoftmax.tracking import open_client, store_root
@@ -41,6 +42,11 @@ class Job:
     config_hash: str
     log: Path
 
+    @property
+    def lock(self) -> FileLock:
+        """What the process that trains this run holds."""
+        return FileLock(self.log.with_suffix(".lock"))
+
     def __call__(self, callbacks: Sequence[Callback] = ()) -> None:
         """Train in this process, from the last checkpoint where an earlier attempt left one.
 
@@ -49,7 +55,7 @@ class Job:
         """
         from lit_sigsoftmax import training
 
-        with FileLock(self.log.with_suffix(".lock")):
+        with self.lock:
             client = open_client(self.tracking_uri)
             runs = find(client, self)
             if any(run.info.status == "FINISHED" for run in runs):
@@ -74,10 +80,11 @@ def find(client: MlflowClient, job: Job) -> list[Any]:
 
 
 def close(client: MlflowClient, job: Job, status: str) -> None:
-    """Give the job's runs that count as running a status, after their process has ended without doing so."""
-    for run in find(client, job):
-        if run.info.status == "RUNNING":
-            client.set_terminated(run.info.run_id, status)
+    """Give the job's runs that count as running a status, where their process has ended without doing so."""
+    with suppress(Timeout), job.lock.acquire(blocking=False):  # another command may be training it
+        for run in find(client, job):
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, status)
 
 
 def _continue(client: MlflowClient, job: Job, runs: Sequence[Any]) -> list[str]:
