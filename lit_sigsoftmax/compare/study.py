@@ -88,8 +88,10 @@ class Study:
         lines.append(f"{len(planned) + later} runs, {left} of them to train")
         runs = study_runs(client, options.study) if client else []
         seconds = [_seconds(run) for run in runs if run.info.status == "FINISHED"]
-        time = f"about {mean(seconds) * left / len(options.workers) / 60:.1f} minutes" if seconds else "no estimate yet"
-        return "\n".join([*lines, f"time, {len(options.workers)} at once: {time}"])
+        estimate = "no estimate yet"
+        if seconds:
+            estimate = f"about {mean(seconds) * left / len(options.workers) / 60:.1f} minutes"
+        return "\n".join([*lines, f"time, {len(options.workers)} at once: {estimate}"])
 
     def mark_baseline(self, client: MlflowClient) -> None:
         """Let every run of the study say which arm the others are compared with."""
