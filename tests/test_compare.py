@@ -248,7 +248,6 @@ def test_a_mistake_in_one_layer_shows_before_any_run(processes):
         (["--tune", "optimizer.lr", "1", "--tune", "optimizer.lr", "2"], "optimizer.lr is given twice"),
         (["--vary", "optimizer.lr", "1", "2", "--tune", "optimizer.lr", "1"], "optimizer.lr is either compared"),
         (["--baseline", "relu x1"], "'relu x1' is no arm of this comparison, which has 'softmax x1', 'sigsoftmax x1'"),
-        (["--executor", "mainframe"], "mainframe"),
         (["--executor", "local", "--executor_args", "timeout_min"], "KEY=VALUE, not 'timeout_min'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lit_sigsoftmax.compare.cluster import make_executor
 from lit_sigsoftmax.compare.fairness import config_hash, same_key, unfair_differences
 from lit_sigsoftmax.compare.plan import default_baseline, plan, tuning_runs
 from lit_sigsoftmax.compare.run import Share, shares
@@ -95,3 +96,9 @@ def test_an_axis_holds_for_what_is_below_it():
 )
 def test_processor_and_gpus_are_divided_among_the_workers(workers, cpus, gpus, expected):
     assert shares(workers, cpus, list(gpus)) == expected
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("mainframe", {}), ("local", {"timeout": 3})])
+def test_an_executor_that_submitit_does_not_have(name, parameters, tmp_path):
+    with pytest.raises(ValueError, match=f"submitit does not take --executor {name} "):
+        make_executor(name, parameters, tmp_path)

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lit_sigsoftmax.compare.cluster import train_on_cluster
+from lit_sigsoftmax.compare.cluster import make_executor, train_on_cluster
 from lit_sigsoftmax.compare.job import Job, close, find
 from lit_sigsoftmax.compare.options import Options, read_options
 from lit_sigsoftmax.compare.plan import tuning_runs
@@ -19,7 +19,7 @@ from lit_sigsoftmax.compare.run import check, train
 from lit_sigsoftmax.compare.study import Study
 from lit_sigsoftmax.compare.table import collect, log_summary, rich_table, study_runs
 from lit_sigsoftmax.compare.tuning import choose
-from lit_sigsoftmax.tracking import open_client, sqlite_path
+from lit_sigsoftmax.tracking import open_client, sqlite_path, store_root
 from lit_sigsoftmax.views import comparison_url
 
 if TYPE_CHECKING:
@@ -61,19 +61,29 @@ def _compare(options: Options) -> None:
     if options.dry_run:
         print(study.describe(client))
         return
+    executor = _executor(options)
     study.logs.mkdir(parents=True, exist_ok=True)
     failed, runs = 0, options.runs
     if options.tune:
-        failed = _train_all(client, options, study.jobs(first, tuning=True))
+        failed = _train_all(client, options, executor, study.jobs(first, tuning=True))
         runs = choose(client, study, first)
-    failed += _train_all(client, options, study.jobs(runs))
+    failed += _train_all(client, options, executor, study.jobs(runs))
     study.mark_baseline(client)
     _conclude(client, options.tracking_uri, options.study)
     if failed:
         raise SystemExit(1)
 
 
-def _train_all(client: MlflowClient, options: Options, jobs: Sequence[Job]) -> int:
+def _executor(options: Options) -> Any:
+    if options.executor is None:
+        return None
+    try:
+        return make_executor(options.executor, options.executor_args, store_root(options.tracking_uri) / "jobs")
+    except ValueError as error:
+        options.fail(str(error))
+
+
+def _train_all(client: MlflowClient, options: Options, executor: Any, jobs: Sequence[Job]) -> int:
     """Train what is not finished; returns how many runs failed."""
     left = [job for job in jobs if not any(run.info.status == "FINISHED" for run in find(client, job))]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -89,7 +99,7 @@ def _train_all(client: MlflowClient, options: Options, jobs: Sequence[Job]) -> i
                 tasks[job] = bars.add_task(job.name, total=steps)
             bars.update(tasks[job], completed=step)
 
-        ends = train_on_cluster(left, options.executor) if options.executor else train(left, options.workers, on_step)
+        ends = train_on_cluster(left, executor) if executor else train(left, options.workers, on_step)
         open_jobs = dict.fromkeys(left)
         try:
             with closing(ends):

@@ -13,10 +13,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from lit_sigsoftmax.compare.cluster import make_executor
 from lit_sigsoftmax.compare.plan import PlannedRun, default_baseline, parse_seeds, plan
 from lit_sigsoftmax.compare.run import Share, shares
-from lit_sigsoftmax.tracking import default_tracking_uri, store_root
+from lit_sigsoftmax.tracking import default_tracking_uri
 from lit_sigsoftmax.training import resolve_recipes
 
 __all__ = ["Options", "read_options"]
@@ -35,7 +34,8 @@ class Options:
         recipe: The arguments that hold for every run.
         tracking_uri: The store.
         workers: What each run at a time may use of this machine.
-        executor: The submitit executor that trains; None for processes of this machine.
+        executor: submitit's executor that trains; None for processes of this machine.
+        executor_args: Its parameters.
         dry_run: Whether the plan is only printed.
         allow_unfair: Whether runs may differ in more than the axes.
         fail: Prints an error of the command line and exits with code 2.
@@ -49,7 +49,8 @@ class Options:
     recipe: tuple[str, ...]
     tracking_uri: str
     workers: tuple[Share, ...]
-    executor: Any
+    executor: str | None
+    executor_args: dict[str, Any]
     dry_run: bool
     allow_unfair: bool
     fail: Callable[[str], NoReturn]
@@ -76,8 +77,6 @@ def read_options(args: Sequence[str]) -> Options:
             raise ValueError(f"{min(both)} is either compared (--vary) or chosen by each arm (--tune)")
         runs = plan(words.activations, words.n_experts, parse_seeds(words.seeds), vary)
         parameters = dict(_setting(word) for word in words.executor_args)
-        folder = store_root(uri) / "jobs"
-        executor = make_executor(words.executor, parameters, folder) if words.executor else None
     except ValueError as error:
         parser.error(str(error))
     baseline = words.baseline or default_baseline(runs)
@@ -92,7 +91,8 @@ def read_options(args: Sequence[str]) -> Options:
         recipe=tuple(resolve_recipes(recipe)),
         tracking_uri=uri,
         workers=tuple(shares(words.workers, os.cpu_count() or 1, _gpus())),
-        executor=executor,
+        executor=words.executor,
+        executor_args=parameters,
         dry_run=words.dry_run,
         allow_unfair=words.allow_unfair,
         fail=parser.error,
