@@ -1,78 +1,53 @@
-"""The tracking store, and the logger that writes a run to it.
-
-The store is ``sqlite:///mlruns/mlflow.db`` with artifacts in ``mlruns/artifacts`` and checkpoints in
-``mlruns/checkpoints/<run_id>``, unless ``MLFLOW_TRACKING_URI`` or ``tracking_uri`` names another, such as a server.
-"""
+"""The logger that writes a run to MLflow, and never lets the store stop the training."""
 
 from __future__ import annotations
 
+import atexit
+import json
 import logging
 import math
 import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_sigsoftmax.views import experiment_tags
+from lit_sigsoftmax.journal import Journal
+from lit_sigsoftmax.spool import Spool, spool_folder
+from lit_sigsoftmax.store import (
+    TrackingError,
+    default_tracking_uri,
+    open_client,
+    sqlite_path,
+    start_run,
+    store_root,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-__all__ = ["MLflowTracker", "default_tracking_uri", "open_client", "sqlite_path", "store_root", "tracker_of"]
+    from lit_sigsoftmax.system_metrics import SystemMetrics
 
-_SQLITE = "sqlite:///"
+__all__ = ["MLflowTracker", "default_tracking_uri", "flatten", "open_client", "sqlite_path", "store_root", "tracker_of"]
 
+_PATIENCE = 20.0  # seconds without progress after which the end of a run no longer waits for the store
 
-def default_tracking_uri() -> str:
-    """Return ``MLFLOW_TRACKING_URI`` where it is set, else the SQLite store in ``mlruns``."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlruns/mlflow.db"
-
-
-def store_root(tracking_uri: str) -> Path:
-    """Return the folder of a local store, or ``mlruns`` for a store elsewhere: where checkpoints go."""
-    path = sqlite_path(tracking_uri)
-    return path.parent if path else Path("mlruns")
-
-
-def sqlite_path(tracking_uri: str) -> Path | None:
-    """Return the database file of a local store, None for a store elsewhere."""
-    return Path(tracking_uri.removeprefix(_SQLITE)) if tracking_uri.startswith(_SQLITE) else None
-
-
-def open_client(tracking_uri: str) -> MlflowClient:
-    """Open a tracking store, making a local one where there is none.
-
-    Processes that open a new SQLite store at the same time break it for good (MLflow migrates it without a lock), so
-    they take turns.
-
-    Raises:
-        OSError: A local store's folder cannot be made.
-    """
-    from mlflow import MlflowClient
-
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with _turn(tracking_uri):
-        client = MlflowClient(tracking_uri)
-        if sqlite_path(tracking_uri):
-            client.search_experiments(max_results=1)  # the first query migrates
-    return client
+_log = logging.getLogger(__name__)
 
 
 class MLflowTracker(Logger):
     """Writes one training run to an MLflow store.
 
-    Lightning's own MLFlowLogger opens the store in every process as soon as it is made; this one waits for the first
-    use and opens it on rank 0 alone.
+    Lightning's own MLFlowLogger opens the store in every process and calls it from the training loop. This one opens it
+    on first use, on rank 0 alone, and puts what is logged in a spool (``mlruns/spool/<run_id>``), which a thread sends.
+    A store that is away, slow or locked costs no training step and no point: what it has not taken when the run ends
+    stays there for ``lit-sigsoftmax report --sync``.
 
     Args:
         tracking_uri: The store; ``MLFLOW_TRACKING_URI`` or ``sqlite:///mlruns/mlflow.db`` by default.
@@ -81,7 +56,10 @@ class MLflowTracker(Logger):
         study: The comparison that the run belongs to, a tag.
         tags: More tags for the run.
         system_metrics: Whether processor, memory and GPU use are recorded along with the run.
-        run_id: Continue this run.
+        on_outage: What to do where the store does not answer at the start. ``fail`` raises before training. ``spool``
+            trains without it; the run gets a local id, which names its checkpoints' folder and becomes its tag
+            ``local_id``, and is created when the store is there.
+        run_id: A run to continue. Its parameters and tags stay, and points are dropped at steps that the store has.
     """
 
     def __init__(
@@ -92,6 +70,7 @@ class MLflowTracker(Logger):
         study: str | None = None,
         tags: dict[str, str] | None = None,
         system_metrics: bool = True,
+        on_outage: Literal["fail", "spool"] = "fail",
         run_id: str | None = None,
     ) -> None:
         super().__init__()
@@ -100,11 +79,16 @@ class MLflowTracker(Logger):
         self.run_name = run_name
         self.tags = {**({"study": study} if study else {}), **(tags or {})}
         self.system_metrics = system_metrics
+        self.on_outage = on_outage
+        self.continued = run_id is not None
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
         self._run_id = run_id
-        self._running = False
-        self._monitor: SystemMetricsMonitor | None = None
+        self._header: dict[str, Any] | None = None
+        self._spool: Spool | None = None
+        self._system_step = 0
+        self._monitor: SystemMetrics | None = None
+        self._patience = _PATIENCE
 
     def describe(self, experiment_name: str, run_name: str, tags: Mapping[str, str]) -> None:
         """Fill in what the user has not named, before the run is opened."""
@@ -114,36 +98,24 @@ class MLflowTracker(Logger):
 
     @property
     def experiment(self) -> MlflowClient | None:
-        """The MLflow client on rank 0, None on other ranks; the first use opens the store and starts the run."""
-        return self._open() if getattr(rank_zero_only, "rank", 0) == 0 else None
-
-    def _open(self) -> MlflowClient:
-        if self._client is None:
-            self._client = open_client(self.tracking_uri)
-            if self._run_id:
-                self._experiment_id = self._client.get_run(self._run_id).info.experiment_id
-                self._client.update_run(self._run_id, status="RUNNING")
-            else:
-                self._experiment_id = get_experiment(self._client, self.tracking_uri, self.experiment_name or "default")
-                run = self._client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name)
-                self._run_id = run.info.run_id
-        elif not self._running:
-            self._client.update_run(str(self._run_id), status="RUNNING")
-        if not self._running:
-            self._running = True
-            self._start_monitor()
+        """The MLflow client on rank 0, None on other ranks. Its own calls wait for the store, and raise."""
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return None
+        self._open()
         return self._client
 
     @property
     def run_id(self) -> str | None:
         """The run's id on rank 0, None on other ranks."""
-        _ = self._run_id or self.experiment
-        return self._run_id
+        if self._header is None:
+            _ = self.experiment
+        return self._run_id if self._header else None
 
     @property
     def experiment_id(self) -> str | None:
-        """The experiment's id on rank 0, None on other ranks."""
-        _ = self._experiment_id or self.experiment
+        """The experiment's id on rank 0; None on other ranks, and where the store was not there."""
+        if self._header is None:
+            _ = self.experiment
         return self._experiment_id
 
     @property
@@ -163,14 +135,11 @@ class MLflowTracker(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Log parameters; a nested name has dots."""
-        from mlflow.entities import Param
-
+        """Log parameters; a nested name has dots. A run that is continued keeps those it has."""
         params = vars(params) if isinstance(params, Namespace) else params
-        known = self._open().get_run(str(self.run_id)).data.params  # of a run that is continued
-        entities = [Param(key, str(value)[:6000]) for key, value in flatten(params) if key not in known]
-        for start in range(0, len(entities), 100):  # MLflow's limit
-            self._open().log_batch(str(self.run_id), params=entities[start : start + 100])
+        entries = [(key, str(value)[:6000]) for key, value in flatten(params)]
+        for start in range(0, 0 if self.continued else len(entries), 100):  # MLflow's limit
+            self._append({"params": dict(entries[start : start + 100])})
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -179,66 +148,143 @@ class MLflowTracker(Logger):
         MLflow stores infinity as 1.8e308, which no chart survives: a value that is not finite becomes the tag
         ``diverged`` instead.
         """
-        from mlflow.entities import Metric
-
         if lost := [key for key, value in metrics.items() if not math.isfinite(value)]:
-            self._open().set_tag(str(self.run_id), "diverged", f"{', '.join(lost)} at step {step}")
+            self.log_tags({"diverged": f"{', '.join(lost)} at step {step}"})
         now = int(time.time() * 1000)
-        entities = [
-            Metric(key, float(value), now, 0 if key.startswith("test/") else step or 0)
+        points = [
+            (key, float(value), now, 0 if key.startswith("test/") else step or 0)
             for key, value in metrics.items()
             if key != "epoch" and math.isfinite(value)
         ]
-        if entities:
-            self._open().log_batch(str(self.run_id), metrics=entities)
+        if points:
+            self._append({"metrics": points})
+
+    @rank_zero_only
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        self._append({"tags": {key: str(value) for key, value in tags.items()}})
+
+    @rank_zero_only
+    def log_text(self, text: str, name: str) -> None:
+        """Write a text to the artifact of that name, such as ``config.yaml`` or ``tables/words.tsv``."""
+        self._artifact(text, name)
+
+    @rank_zero_only
+    def log_artifact(self, path: str | Path, folder: str = "") -> None:
+        """Copy a file, as it is now, to the run's artifacts, or a folder in them.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        self._artifact(Path(path), f"{folder}/{Path(path).name}")
+
+    @rank_zero_only
+    def log_dataset(self, name: str, digest: str, source: Mapping[str, str], context: str = "train") -> None:
+        """Record a dataset as an input of the run.
+
+        Args:
+            name: What MLflow calls it.
+            digest: At most 36 characters that differ where the data does.
+            source: Tags that say where it comes from.
+            context: What it is used for.
+        """
+        origin = json.dumps({"tags": dict(source)})  # MLflow's CodeDatasetSource
+        dataset = {"name": name, "digest": digest, "source_type": "code", "source": origin}
+        self._append({"dataset": {"context": context, "dataset": dataset}})
+
+    def flush(self, patience: float = _PATIENCE) -> bool:
+        """Wait until the store has everything, or has taken nothing for ``patience`` seconds.
+
+        Returns:
+            Whether the store has everything.
+        """
+        return self._spool is None or self._spool.wait(patience)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Close the run as FINISHED, or as FAILED where training raised."""
-        if not self._running or self._client is None:
+        """Close the run as FINISHED, or as FAILED where training raised, and wait for the store, but not for long."""
+        if self._spool is None:
             return
-        if self._monitor is not None:
-            self._monitor.finish()
-            self._monitor = None
-        self._client.set_terminated(str(self._run_id), "FAILED" if status == "failed" else "FINISHED")
-        self._running = False
+        end = "FAILED" if status == "failed" else "FINISHED"
+        self._append({"status": {"status": end, "time": int(time.time() * 1000)}})
+        self._close()
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        self._open().journal.append(record)
+
+    def _artifact(self, source: Path | str, name: str) -> None:
+        folder, _, base = name.strip("/").rpartition("/")
+        kept = self._open().journal.add_file(source, base)
+        self._append({"artifact": {"file": kept, "folder": folder}})
+
+    def _open(self) -> Spool:
+        if self._spool is None:
+            again = self._header is not None
+            journal = self._journal(self._header or self._begin())
+            self._spool = Spool(journal, self.tracking_uri, self._client)
+            self._spool.start()
+            atexit.register(self._close)
+            if again or self.continued:
+                journal.append({"status": {"status": "RUNNING"}})
+            self._start_monitor()
+        return self._spool
+
+    def _journal(self, header: dict[str, Any]) -> Journal:
+        try:
+            journal = Journal((spool_folder(self.tracking_uri) / str(self._run_id)).absolute(), header)
+        except TrackingError:
+            if self._client and not self.continued:
+                self._client.set_terminated(str(self._run_id), "FAILED")
+            raise
+        if self.continued:  # what a process that was killed has left was not
+            journal.update(continued=True)
+        self._header = journal.header
+        return journal
+
+    def _begin(self) -> dict[str, Any]:
+        header = {
+            "tracking_uri": without_password(self.tracking_uri),
+            "experiment": self.experiment_name or "default",
+            "run_name": self.run_name,
+            "tags": self.tags,
+            "start_time": int(time.time() * 1000),
+            "run_id": self._run_id,
+            "continued": self.continued,
+        }
+        started = start_run(self.tracking_uri, header, without_store=self.on_outage == "spool")
+        self._client, self._experiment_id = started.client, started.experiment_id
+        self._system_step = started.system_step
+        self._run_id = started.header["run_id"] or started.header["local_id"]
+        return started.header
 
     def _start_monitor(self) -> None:
         if self.system_metrics:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+            from lit_sigsoftmax.system_metrics import SystemMetrics
 
-            self._monitor = SystemMetricsMonitor(self._run_id, tracking_uri=self.tracking_uri, resume_logging=True)
+            self._monitor = SystemMetrics(self.log_metrics, self._system_step)
             self._monitor.start()
+
+    def _close(self) -> None:
+        """Send what is left, and end the threads. Also when the program ends without :meth:`finalize`."""
+        atexit.unregister(self._close)
+        if self._spool is None or self._spool.journal.owner != os.getpid():  # a forked process has no thread
+            return
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._system_step, self._monitor = self._monitor.step, None
+        spool, self._spool = self._spool, None
+        if not spool.wait(self._patience):
+            self._patience = 2.0  # it has been waited for once
+            _log.warning(
+                "the run is not whole in %s: the rest is in %s. When the store is back: lit-sigsoftmax report --sync",
+                *(without_password(self.tracking_uri), spool.journal.folder),
+            )
+        spool.close()
 
 
 def tracker_of(trainer: Trainer) -> MLflowTracker | None:
     """Return the trainer's tracker, if it has one."""
     return next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
-
-
-def get_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
-    """Return the id of an experiment, made where there is none.
-
-    Raises:
-        ValueError: It has been deleted.
-    """
-    from mlflow.exceptions import MlflowException
-
-    if found := client.get_experiment_by_name(name):
-        if found.lifecycle_stage == "deleted":
-            raise ValueError(
-                f"the experiment {name!r} has been deleted: restore it with mlflow experiments restore "
-                f"--experiment-id {found.experiment_id}, or name another with trainer.logger.init_args.experiment_name"
-            )
-        return str(found.experiment_id)
-    path = sqlite_path(tracking_uri)
-    location = (path.parent / "artifacts").resolve().as_uri() if path else None
-    try:
-        return str(client.create_experiment(name, artifact_location=location, tags=experiment_tags()))
-    except MlflowException:  # another process made it in between
-        if found := client.get_experiment_by_name(name):
-            return str(found.experiment_id)
-        raise
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -252,10 +298,3 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, name)
         elif value is not None:
             yield name, value
-
-
-def _turn(tracking_uri: str) -> Any:
-    if not (path := sqlite_path(tracking_uri)):
-        return nullcontext()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock")

@@ -20,6 +20,7 @@ from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.parser import Parser
 from lit_sigsoftmax.scoring import score_table
+from lit_sigsoftmax.store import TrackingError
 from lit_sigsoftmax.tracking import flatten, tracker_of
 from lit_sigsoftmax.views import comparison_url
 
@@ -149,9 +150,9 @@ class LanguageModelCLI(LightningCLI):
             self.parser.error("predict runs on one device: set trainer.devices to 1")
         predictions: Any = self.trainer.predict(**kwargs)
         tracker, data = tracker_of(self.trainer), self.datamodule
-        if tracker and (client := tracker.experiment):
+        if tracker:
             table = score_table(predictions, data.predict_dataloader(), data.corpus.vocabulary)
-            client.log_text(str(tracker.run_id), table, "token_log_probs.tsv")
+            tracker.log_text(table, "token_log_probs.tsv")
             print("Scores: artifact token_log_probs.tsv")
         self._say_where()
 
@@ -159,7 +160,8 @@ class LanguageModelCLI(LightningCLI):
     def _say_where(self) -> None:
         if tracker := tracker_of(self.trainer):
             print(f"Run {tracker.run_name!r}: {tracker.run_id} in {tracker.tracking_uri}")
-            print(f"Compare: {comparison_url(tracker.tracking_uri, str(tracker.experiment_id))}")
+            if tracker.experiment_id:
+                print(f"Compare: {comparison_url(tracker.tracking_uri, tracker.experiment_id)}")
             tracker.finalize()
 
 
@@ -181,9 +183,16 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     Args:
         words: The command line.
         callbacks: Further callbacks of the trainer.
+
+    Raises:
+        SystemExit: 2 for a mistake in the command line, or where the tracking store cannot be used.
     """
     silence_noise()
-    LanguageModelCLI(resolve_recipes(words), callbacks)
+    try:
+        LanguageModelCLI(resolve_recipes(words), callbacks)
+    except TrackingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def silence_noise() -> None:

@@ -15,13 +15,15 @@ import torch
 from cli_helpers import Store
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_sigsoftmax import journal as journal_module
 from lit_sigsoftmax.callbacks import Throughput
 from lit_sigsoftmax.callbacks.recorder import count_parameters, environment
+from lit_sigsoftmax.journal import Journal, JournalInUseError
+from lit_sigsoftmax.store import TrackingError, get_experiment, without_password
 from lit_sigsoftmax.tracking import (
     MLflowTracker,
     default_tracking_uri,
     flatten,
-    get_experiment,
     open_client,
     store_root,
 )
@@ -179,10 +181,172 @@ def test_the_status_of_a_run(store, status, recorded):
     run.finalize(status)
     assert store.run().info.status == recorded
     run.log_metrics({"a": 2.0}, step=1)  # a test after training goes on with the run
+    assert run.flush()
     assert store.run().info.status == "RUNNING"
     run.finalize()
     assert store.run().info.status == "FINISHED"
     assert store.history(store.run(), "a") == [1.0, 2.0]
+
+
+def test_artifacts_tags_and_dataset_of_a_run(store, tmp_path):
+    run = tracker(store, experiment_name="e")
+    (tmp_path / "plot.png").write_bytes(b"\x89PNG")
+    run.log_text("a: 1\n", "config.yaml")
+    run.log_text("é", "tables/words.tsv")
+    run.log_artifact(tmp_path / "plot.png", "plots")
+    run.log_artifact(str(tmp_path / "plot.png"))
+    run.log_tags({"checkpoint.best": "somewhere", "n": 3})
+    run.log_dataset("ptb", "0" * 32, {"datamodule": "mine.Data"})
+    run.finalize()
+    found = store.run()
+    assert store.artifact(found, "config.yaml").read_text() == "a: 1\n"
+    assert store.artifact(found, "tables/words.tsv").read_text(encoding="utf-8") == "é"
+    assert store.artifact(found, "plots/plot.png").read_bytes() == b"\x89PNG"
+    assert store.artifact(found, "plot.png").read_bytes() == b"\x89PNG"
+    assert (found.data.tags["checkpoint.best"], found.data.tags["n"]) == ("somewhere", "3")
+    (dataset,) = found.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest, dataset.tags[0].value) == ("ptb", "0" * 32, "train")
+    assert "mine.Data" in dataset.dataset.source
+
+
+def test_a_run_that_is_not_finalized_is_stored_when_the_program_ends(store):
+    code = (
+        "from lit_sigsoftmax.tracking import MLflowTracker\n"
+        f"MLflowTracker({store.uri!r}, experiment_name='e', system_metrics=False).log_metrics({{'a': 1.0}}, step=0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert store.history(store.run(), "a") == [1.0]
+    assert list((store.folder / "mlruns" / "spool").iterdir()) == []
+
+
+def test_a_name_that_mlflow_refuses_costs_that_metric_alone(store, caplog):
+    run = tracker(store, experiment_name="e")
+    for step in range(3):
+        run.log_metrics({"a": 1.0, "../b": 2.0, "c": 3.0}, step=step)
+    run.finalize()
+    assert store.run().info.status == "FINISHED"
+    assert store.history(store.run(), "a") == [1.0] * 3
+    assert store.history(store.run(), "c") == [3.0] * 3
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["the tracking store refuses the metric '../b'"]
+
+
+def test_what_is_not_finite_is_a_tag(store):
+    run = tracker(store, experiment_name="e")
+    run.log_metrics({"train/loss": float("nan"), "train/perplexity": float("inf"), "lr": 0.1}, step=7)
+    run.finalize()
+    assert store.run().data.metrics == {"lr": 0.1}
+    assert store.run().data.tags["diverged"] == "train/loss, train/perplexity at step 7"
+
+
+# A run that is continued
+
+
+def test_a_run_that_is_continued_keeps_what_it_has(store):
+    first = tracker(store, experiment_name="e", run_name="r", tags={"seed": "0"})
+    first.log_hyperparams({"max_epochs": 1})
+    for step in range(10):
+        first.log_metrics({"train/loss": 10.0 - step}, step)
+    first.log_metrics({"test/loss": 1.0, "test/perplexity": 2.0}, step=10)
+    first.finalize("failed")
+    again = tracker(store, run_id=first.run_id, run_name="other", tags={"seed": "1"})
+    again.log_hyperparams({"max_epochs": 2})
+    for step in range(5, 15):
+        again.log_metrics({"train/loss": 100.0 - step}, step)
+    assert again.flush()
+    assert store.run().info.status == "RUNNING"
+    again.log_metrics({"test/loss": 0.5, "test/perplexity": 2.0}, step=15)
+    again.finalize()
+    found = store.run()
+    assert (found.info.status, found.info.run_name, again.run_id) == ("FINISHED", "r", first.run_id)
+    assert again.experiment_id == found.info.experiment_id
+    assert (found.data.params, found.data.tags["seed"]) == ({"max_epochs": "1"}, "0")
+    assert store.steps(found, "train/loss") == list(range(15))
+    assert store.history(found, "train/loss") == [10.0 - s for s in range(10)] + [100.0 - s for s in range(10, 15)]
+    assert found.data.metrics["test/loss"] == 0.5  # a result of the run as a whole, which has changed
+    assert store.history(found, "test/perplexity") == [2.0]
+
+
+def test_a_run_to_continue_that_the_store_lacks(store):
+    with pytest.raises(TrackingError, match="0" * 32):
+        tracker(store, run_id="0" * 32).log_metrics({"a": 1.0}, step=0)
+    assert store.runs() == []
+
+
+def test_a_run_has_one_writer(store):
+    first = tracker(store, experiment_name="e")
+    first.log_metrics({"a": 1.0}, step=0)
+    with pytest.raises(TrackingError, match="another process writes the run"):
+        tracker(store, run_id=first.run_id).log_metrics({"a": 1.0}, step=0)
+    first.finalize()
+    assert store.run().info.status == "FINISHED"
+
+
+# The spool's files
+
+
+def test_a_journal_keeps_what_a_killed_process_has_written_whole(tmp_path):
+    journal = Journal(tmp_path / "j", {"run_id": "r"})
+    for i in range(5):
+        journal.append({"tags": {"i": str(i)}})
+    records, end = journal.read(n=2)
+    assert [record["tags"]["i"] for record in records] == ["0", "1"]
+    journal.done(end)
+    with (tmp_path / "j" / "queue.jsonl").open("ab") as file:
+        file.write(b'{"tags": {"i": "to')
+    journal.close()
+    again = Journal(tmp_path / "j")
+    again.append({"tags": {"i": "5"}})
+    records, end = again.read()
+    assert [record["tags"]["i"] for record in records] == ["0", "1", "2", "3", "4", "5"]
+    assert again.header == {"run_id": "r"}
+    again.done(end)
+    assert again.empty
+    assert (tmp_path / "j" / "queue.jsonl").read_bytes() == b""
+    again.close(remove=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_has_one_owner_who_alone_can_read_it(tmp_path):
+    journal = Journal(tmp_path / "j", {})
+    with pytest.raises(JournalInUseError, match="another process"):
+        Journal(tmp_path / "j")
+    assert (tmp_path / "j").stat().st_mode & 0o777 == 0o700
+    journal.close()
+    Journal(tmp_path / "j").close()
+
+
+def test_a_journal_is_bounded_and_says_so_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(journal_module, "LIMIT", 200)
+    journal = Journal(tmp_path / "j", {})
+    for step in range(10):
+        journal.append({"metrics": [["a", 1.0, 0, step]]})
+    journal.append({"status": {"status": "FINISHED", "time": 0}})  # what is needed goes in nevertheless
+    records, _ = journal.read()
+    assert [record["metrics"][0][3] for record in records[:-1]] == [0, 1, 2, 3, 4, 5]
+    assert "status" in records[-1]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"{tmp_path}/j takes no more"]
+
+
+@pytest.mark.parametrize("path", ["../../secret", "/etc/passwd", "."])
+def test_a_journal_hands_out_its_own_files_alone(tmp_path, path):
+    journal = Journal(tmp_path / "j", {})
+    kept = journal.add_file("text", "a.txt")
+    assert journal.file(kept).read_text() == "text"
+    with pytest.raises(ValueError, match="outside"):
+        journal.file(path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("sqlite:///mlruns/mlflow.db", "sqlite:///mlruns/mlflow.db"),
+        ("http://tracking.example:5000", "http://tracking.example:5000"),
+        ("https://me:secret@tracking.example", "https://me:***@tracking.example"),
+        ("postgresql+psycopg2://me:sec:ret@host:5432/db", "postgresql+psycopg2://me:***@host:5432/db"),
+    ],
+)
+def test_a_password_is_not_written_down(uri, shown):
+    assert without_password(uri) == shown
 
 
 def test_a_run_that_was_never_opened_is_not_closed(store):

@@ -6,7 +6,7 @@ import math
 import platform
 import subprocess
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -16,9 +16,6 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.data.corpus import SPLITS
 from lit_sigsoftmax.tracking import MLflowTracker, tracker_of
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 __all__ = ["RunRecorder"]
 
@@ -34,17 +31,18 @@ class RunRecorder(SaveConfigCallback):
     best_perplexity = math.inf
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write parameters, ``config.yaml``, the corpus and versions to the run. Called on rank 0 alone."""
+        """Write parameters, ``config.yaml``, the corpus and versions to the run. Called on rank 0 alone.
+
+        A run that is continued keeps what it was started with.
+        """
         tracker = tracker_of(trainer)
-        if tracker is None or (client := tracker.experiment) is None:
+        if tracker is None or tracker.continued:
             return
-        run_id = str(tracker.run_id)
-        client.log_text(run_id, self.parser.dump(self.config, skip_none=False), "config.yaml")
+        tracker.log_text(self.parser.dump(self.config, skip_none=False), "config.yaml")
         params = {key: value for key, value in self.config.as_dict().items() if key != "config"}
         tracker.log_hyperparams({**params, "parameters": count_parameters(pl_module)})
-        for key, value in environment().items():
-            client.set_tag(run_id, key, value)
-        _log_corpus(tracker, client, trainer.datamodule)  # type: ignore[attr-defined]
+        tracker.log_tags(environment())
+        _log_corpus(tracker, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the best validation perplexity."""
@@ -54,12 +52,12 @@ class RunRecorder(SaveConfigCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record where the checkpoints are and the best validation perplexity."""
         tracker = tracker_of(trainer)
-        if tracker is None or (client := tracker.experiment) is None:
+        if tracker is None:
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
                 kind = "best" if checkpoint.monitor else "last"
-                client.set_tag(str(tracker.run_id), f"checkpoint.{kind}", checkpoint.best_model_path)
+                tracker.log_tags({f"checkpoint.{kind}": checkpoint.best_model_path})
         tracker.log_metrics({"val/best_perplexity": self.best_perplexity}, step=0)
 
 
@@ -88,18 +86,12 @@ def _git(*args: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _log_corpus(tracker: MLflowTracker, client: MlflowClient, datamodule: LightningDataModule | None) -> None:
+def _log_corpus(tracker: MLflowTracker, datamodule: LightningDataModule | None) -> None:
     if not isinstance(datamodule, CorpusDataModule):
         return
-    from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import DatasetInput, InputTag
-
-    source = CodeDatasetSource(tags={"datamodule": f"{type(datamodule).__module__}.{type(datamodule).__qualname__}"})
     corpus = datamodule.corpus
-    dataset: Any = MetaDataset(source, name=corpus.name, digest=corpus.fingerprint)  # type: ignore[abstract]
-    tags = [InputTag("mlflow.data.context", "train")]
-    client.log_inputs(str(tracker.run_id), [DatasetInput(dataset._to_mlflow_entity(), tags=tags)])
+    source = {"datamodule": f"{type(datamodule).__module__}.{type(datamodule).__qualname__}"}
+    tracker.log_dataset(corpus.name, corpus.fingerprint, source)
     facts: dict[str, Any] = {"types": len(corpus.vocabulary)} | {split: len(getattr(corpus, split)) for split in SPLITS}
     if (entropy := getattr(datamodule, "entropy", None)) is not None:  # a language that knows its own floor
         facts |= {"entropy": entropy, "perplexity_floor": math.exp(entropy)}

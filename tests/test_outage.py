@@ -1,0 +1,318 @@
+"""A tracking server that dies, freezes or is not there: training goes on, and every point is stored exactly once."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from functools import cached_property
+
+import psutil
+import pytest
+from cli_helpers import SMALL
+from lightning.pytorch import Callback
+from mlflow import MlflowClient
+
+from lit_sigsoftmax import tracking, training
+from lit_sigsoftmax.spool import sync
+from lit_sigsoftmax.store import TrackingError
+from lit_sigsoftmax.tracking import MLflowTracker
+
+POSTGRES = "LIT_SIGSOFTMAX_POSTGRES"
+STEPS = 150  # of FIT: 3,000 tokens in 5 streams
+FIT = ("fit", *SMALL, "--data.bptt=4", "--data.batch_size=5")
+
+
+class Server:
+    """A real ``mlflow server``."""
+
+    def __init__(self, folder, backend):
+        self.folder, self.backend = folder, backend
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process = None
+
+    @cached_property
+    def client(self):
+        return MlflowClient(self.uri)
+
+    def start(self):
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.backend, "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
+                assert self.process.poll() is None, (self.folder / "server.log").read_text()
+                time.sleep(0.1)
+
+    def send(self, number):
+        """Send a signal to the server and all that it has started."""
+        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
+            process.send_signal(number)
+
+    def kill(self):
+        if self.process is not None:
+            self.send(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def run(self, name):
+        """The only run of an experiment."""
+        (run,) = self.client.search_runs([self.client.get_experiment_by_name(name).experiment_id])
+        return run
+
+    def points(self, run, key="train/loss"):
+        """How often each step of a metric is stored."""
+        return Counter(point.step for point in self.client.get_metric_history(run.info.run_id, key))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "sqlite",
+        pytest.param(
+            "postgresql",
+            marks=pytest.mark.skipif(
+                POSTGRES not in os.environ, reason=f"no PostgreSQL: set {POSTGRES} to the address of an empty database"
+            ),
+        ),
+    ],
+)
+def started(request, empty_store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    if request.param == "sqlite":
+        shutil.copy(empty_store, folder / "mlflow.db")
+    server = Server(folder, f"sqlite:///{folder}/mlflow.db" if request.param == "sqlite" else os.environ[POSTGRES])
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def server(started, tmp_path, monkeypatch):
+    """A server that runs, a working directory, and a corpus of its own name for each test."""
+    if started.process is None:
+        started.start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", started.uri)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    return started
+
+
+class At(Callback):
+    """Does something after a training step, and logs a text to the run."""
+
+    def __init__(self, **actions):
+        self.actions = {int(step.removeprefix("step_")): action for step, action in actions.items()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if action := self.actions.get(trainer.global_step):
+            action()
+            trainer.logger.log_text(f"{trainer.global_step}", f"notes/{trainer.global_step}.txt")
+
+
+def fit(name, *arguments, **actions):
+    training.run([*FIT, f"--trainer.logger.init_args.experiment_name={name}", *arguments], [At(**actions)])
+
+
+def assert_whole(server, name, status="FINISHED"):
+    run = server.run(name)
+    assert server.points(run) == dict.fromkeys(range(STEPS), 1)
+    assert server.points(run, "test/loss") == {0: 1}
+    assert run.info.status == status
+    assert run.data.params["model.activation"] == "softmax"
+    assert {"checkpoint.best", "version.torch", "seed"} <= set(run.data.tags)
+    assert [item.path for item in server.client.list_artifacts(run.info.run_id, "notes")]
+    assert "config.yaml" in [item.path for item in server.client.list_artifacts(run.info.run_id)]
+    assert [len(run.inputs.dataset_inputs), run.inputs.dataset_inputs[0].dataset.name] == [1, "synthetic"]
+    return run
+
+
+def spools(folder):
+    return sorted(path.name for path in (folder / "mlruns" / "spool").glob("*"))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_restarted_gets_every_point_once(server, tmp_path, caplog):
+    fit("restarted", step_30=server.kill, step_90=server.start)
+    assert_whole(server, "restarted")
+    assert spools(tmp_path) == []
+    assert "training goes on" in caplog.text
+    assert "answers again" in caplog.text
+
+
+@pytest.mark.slow
+def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(server, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.5)
+    fit("away", step_30=server.kill)
+    (left,) = spools(tmp_path)
+    assert f"spool/{left}. When the store is back: lit-sigsoftmax report --sync" in caplog.text
+    assert f": {left} in {server.uri}" in capsys.readouterr().out
+    with pytest.raises(TrackingError, match=rf"{server.uri} does not take .*{left}: Connection refused"):
+        sync(server.uri)
+    server.start()
+    kept = tmp_path / "mlruns" / "spool"
+    shutil.copytree(kept, tmp_path / "again")
+    assert sync(server.uri) == 1
+    whole = assert_whole(server, "away")
+    assert whole.info.run_id == left
+    assert whole.info.end_time - whole.info.start_time < 1000 * (time.time() - whole.info.start_time / 1000)
+    assert spools(tmp_path) == []
+    # a second time, as where the first was interrupted before it could remove what it had sent
+    kept.rmdir()
+    shutil.move(tmp_path / "again", kept)
+    assert sync(server.uri) == 1
+    assert_whole(server, "away")
+    assert sync(server.uri) == 0
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_at_the_start(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.5)
+    server.kill()
+    with pytest.raises(SystemExit) as exit_:
+        fit("absent")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2
+    assert error.startswith(f"error: cannot use the tracking store {server.uri} (Connection refused): start it, ")
+    assert "on_outage=spool" in error
+    assert list(tmp_path.iterdir()) == []
+    fit("absent", "--trainer.logger.init_args.on_outage=spool", step_10=lambda: None)
+    (local,) = spools(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "mlruns" / "checkpoints" / local).iterdir())[-1] == "last.ckpt"
+    server.start()
+    assert sync(server.uri) == 1
+    run = assert_whole(server, "absent")
+    assert (run.data.tags["local_id"], run.info.run_name) == (local, "softmax x1 seed 0")
+    assert run.info.start_time <= min(
+        p.timestamp for p in server.client.get_metric_history(run.info.run_id, "train/loss")
+    )
+
+
+@pytest.mark.slow
+def test_a_server_that_freezes_takes_no_time_and_an_answer_that_is_lost_doubles_nothing(server, tmp_path, monkeypatch):
+    """Frozen, it accepts a request that it will serve later, when the tracker has long sent it again."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    run = MLflowTracker(experiment_name="frozen", system_metrics=False)
+    run.log_metrics({"a": 0.0}, step=0)
+    assert run.flush()
+    server.send(signal.SIGSTOP)
+    for step in range(1, 100):
+        run.log_metrics({"a": step / 3}, step)
+    assert not run.flush(patience=3)
+    server.send(signal.SIGCONT)
+    run.finalize()
+    found = server.run("frozen")
+    assert server.points(found, "a") == dict.fromkeys(range(100), 1)
+    assert [p.value for p in server.client.get_metric_history(found.info.run_id, "a")] == [s / 3 for s in range(100)]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_continued_through_an_outage_has_every_step_once(server):
+    first = MLflowTracker(experiment_name="continued", system_metrics=False)
+    for step in range(10):
+        first.log_metrics({"a": 1.0}, step)
+    first.finalize("failed")
+    again = MLflowTracker(run_id=first.run_id, system_metrics=False)
+    again.log_metrics({"a": 2.0}, step=8)
+    assert again.flush()
+    server.kill()
+    for step in range(9, 20):
+        again.log_metrics({"a": 2.0}, step)
+    assert not again.flush(patience=0.5)
+    server.start()
+    again.finalize()
+    run = server.run("continued")
+    assert (run.info.status, server.points(run, "a")) == ("FINISHED", dict.fromkeys(range(20), 1))
+
+
+def log_until_killed(uri, started):
+    run = MLflowTracker(uri, experiment_name="killed", system_metrics=False)
+    for step in range(1_000_000):
+        run.log_metrics({"a": float(step)}, step)
+        started.send((run.run_id, step))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_what_it_has_logged(store):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lit_sigsoftmax.tracking", "mlflow"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=log_until_killed, args=(store.uri, sender))
+    process.start()
+    logged = (None, 0)
+    while logged[1] < 3000:
+        logged = receiver.recv()
+    assert sync(store.uri) == 0  # it is still being written
+    process.kill()
+    process.join()
+    while receiver.poll():
+        logged = receiver.recv()
+    assert sync(store.uri) == 1
+    steps = store.steps(store.run(), "a")
+    assert steps[: logged[1] + 1] == list(range(logged[1] + 1))
+    assert len(steps) - len(set(steps)) == 0
+
+
+def write_run(uri, name, barrier):
+    barrier.wait()
+    run = MLflowTracker(uri, experiment_name="shared", run_name=name, system_metrics=False)
+    for step in range(200):
+        run.log_metrics({"train/loss": step / 7, "val/loss": step / 3}, step)
+        time.sleep(0.005)  # so that the runs overlap
+    run.log_tags({"done": "yes"})
+    run.finalize()
+
+
+@pytest.mark.slow
+def test_four_processes_write_one_sqlite_store_at_once(store, capfd):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lit_sigsoftmax.tracking", "mlflow", "mlflow.store.tracking.sqlalchemy_store"])
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=write_run, args=(store.uri, f"run {i}", barrier)) for i in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    runs = store.runs()
+    assert sorted(run.info.run_name for run in runs) == [f"run {i}" for i in range(4)]
+    for run in runs:
+        assert (run.info.status, run.data.tags["done"]) == ("FINISHED", "yes")
+        assert store.history(run, "train/loss") == [step / 7 for step in range(200)]
+        assert store.history(run, "val/loss") == [step / 3 for step in range(200)]
+    assert "locked" not in "".join(capfd.readouterr())
+    assert spools(store.folder) == []
+
+
+def test_a_spool_of_another_store_is_left_and_named(store, tmp_path, caplog):
+    folder = store.folder / "mlruns" / "spool" / "r"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"tracking_uri": "http://elsewhere:1"}))
+    assert sync(store.uri) == 0
+    assert "is of the store http://elsewhere:1: left as it is" in caplog.text
+    assert spools(store.folder) == ["r"]
+
+
+def test_a_damaged_spool_is_named(store):
+    folder = store.folder / "mlruns" / "spool" / "r"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{")
+    with pytest.raises(TrackingError, match=rf"does not take {folder}"):
+        sync(store.uri)
