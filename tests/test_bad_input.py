@@ -1,16 +1,21 @@
 """A mistake on the command line or in a file: one line that says what is wrong, exit code 2, and no run."""
 
+import http.server
 import re
+import threading
 from pathlib import Path
 
 import pytest
 from cli_helpers import QUIET, SMALL, write_text_corpus
 
 from lit_sigsoftmax.cli import main
+from lit_sigsoftmax.recipes.penn_treebank import datamodule as penn_treebank
+from lit_sigsoftmax.recipes.wikitext2 import datamodule as wikitext2
 
 TEXT = ("--data=lit_sigsoftmax.data.TextCorpus",)
 CORPUS = (*TEXT, "--data.root=corpus")
 # Not ddp: that would start this test's own process again.
+STORE = "--trainer.logger.init_args.tracking_uri"
 PAIR = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_spawn")
 FILES = {
     "model_key.yaml": "model:\n  class_path: lit_sigsoftmax.LanguageModel\n  init_args:\n    activatoin: softmax\n",
@@ -19,24 +24,74 @@ FILES = {
     "syntax.yaml": "model:\n  class_path: [\n",
     "list.yaml": "- trainer\n",
     "damaged.ckpt": "no checkpoint",
+    "narrow_embedding.py": """
+from torch import nn
+
+
+class Narrow(nn.Module):
+    def __init__(self, vocab_size: int, hidden_size: int = 8):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.embedding = nn.Embedding(vocab_size, 4)
+""",
     "empty/train.txt": "",
     "one_file/train.txt": "a b\n",
     "nul/train.txt": "a\0b\n",
+    "stranger/valid.txt": "w0 stranger\n",
+    "short/train.txt": "w0 w1\n",
+    "short/valid.txt": "w0 w1\n",
+    "short/test.txt": "w0 w1\n",
+    "folder/test.txt/file": "a folder where a file should be",
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad_input")
+    write_text_corpus(folder / "folder", test="elsewhere.txt")
     for name, content in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        if name.endswith(".txt") and not name.startswith("one_file"):
-            write_text_corpus((folder / name).parent)
-        (folder / name).write_bytes(content.encode())
+        path = folder / name
+        if path.suffix == ".txt" and not path.parent.exists() and not name.startswith("one_file"):
+            write_text_corpus(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode())
     write_text_corpus(folder / "latin1")
     (folder / "latin1" / "valid.txt").write_bytes(b"a caf\xe9\n")
     write_text_corpus(folder / "corpus")
     return folder
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """What stands where an MLflow server or a corpus should be: the address says what it answers."""
+
+    def do_GET(self):
+        status, kind, body = 200, "text/html", b"<!doctype html><p>This bucket has moved"
+        if "/500" in self.path or "/403" in self.path:
+            status = 500 if "/500" in self.path else 403
+        elif "/page" not in self.path:
+            kind, body = "application/zip", b"something else"
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) + 10 * ("/truncated" in self.path)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def web():
+    """The address of a web server that answers everything wrongly."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 CASES = {
@@ -100,6 +155,14 @@ CASES = {
     "optimizer class": (["fit", *SMALL, "--optimizer=Adammm"], ["Adammm"]),
     "strategy": (["fit", *CORPUS, "--trainer.strategy=dpp"], ["'dpp'"]),
     "accelerator": (["fit", *CORPUS, "--trainer.accelerator=gpuu"], ["'gpuu'"]),
+    "devices that are not there": (
+        ["fit", *CORPUS, "--trainer.accelerator=gpu", "--trainer.devices=64"],
+        ["gpu"],
+    ),
+    "sizes of tied weights": (
+        ["fit", *CORPUS, "--model.tie_weights=true", "--model.backbone=narrow_embedding.Narrow"],
+        ["tied weights", "(13, 4)"],
+    ),
     "devices": (["fit", *CORPUS, "--trainer.accelerator=cpu", "--trainer.devices=0"], ["devices", "0"]),
     # files
     "recipe": (
@@ -121,6 +184,26 @@ CASES = {
     "empty file": (["fit", *TEXT, "--data.root=empty"], ["empty/train.txt", "is empty"]),
     "binary file": (["fit", *TEXT, "--data.root=nul"], ["nul/train.txt", "NUL"]),
     "file of another encoding": (["fit", *TEXT, "--data.root=latin1"], ["latin1/valid.txt", "UTF-8"]),
+    "token that training lacks": (["fit", *TEXT, "--data.root=stranger"], ["valid", "'stranger'"]),
+    "corpus too short": (["fit", *TEXT, "--data.root=short"], ["3 tokens", "data.batch_size"]),
+    "folder for a file": (["fit", *TEXT, "--data.root=folder"], ["test.txt", "folder"]),
+    # the tracking store
+    "store under a file": (
+        ["fit", *SMALL, f"{STORE}=sqlite:///damaged.ckpt/mlflow.db"],
+        ["damaged.ckpt", "name another"],
+    ),
+    "store that is no database": (["fit", *SMALL, f"{STORE}=sqlite:///damaged.ckpt"], ["damaged.ckpt", "database"]),
+    "store that is a folder": (["fit", *SMALL, f"{STORE}=sqlite:///empty"], ["empty is no SQLite database"]),
+    "store's address": (["fit", *SMALL, f"{STORE}=sqllite:///a.db"], ["sqllite:///a.db", "tracking_uri"]),
+    "store's driver": (["fit", *SMALL, f"{STORE}=mssql+nothing://h/d"], ["mssql+nothing://h/d", "tracking_uri"]),
+    "no server": (["fit", *SMALL, f"{STORE}=http://127.0.0.1:9"], ["http://127.0.0.1:9", "refused", "on_outage=spool"]),
+    "no server to test": (["test", *SMALL, f"{STORE}=http://127.0.0.1:9"], ["http://127.0.0.1:9", "refused"]),
+    "server's password": (["fit", *SMALL, f"{STORE}=http://me:secret@127.0.0.1:9"], ["http://me:***@127.0.0.1:9"]),
+    "server that fails": (["fit", *SMALL, f"{STORE}=http://SERVER/500"], ["500", "tracking_uri", "on_outage=spool"]),
+    "server that forbids": (["fit", *SMALL, f"{STORE}=http://SERVER/403"], ["403", "tracking_uri"]),
+    "server of something else": (["fit", *SMALL, f"{STORE}=http://SERVER/page"], ["JSON", "tracking_uri"]),
+    "on_outage": (["fit", *SMALL, "--trainer.logger.init_args.on_outage=wait"], ["on_outage", "wait", "spool"]),
+    # checkpoints
     "checkpoint": (["test", *CORPUS, "--ckpt_path=gone.ckpt"], ["gone.ckpt"]),
     "checkpoint to continue": (["fit", *CORPUS, "--ckpt_path=gone.ckpt"], ["gone.ckpt"]),
     "checkpoint before there is one": (["test", *CORPUS, "--ckpt_path=last"], ["last"]),
@@ -137,7 +220,10 @@ CASES = {
 
 
 @pytest.mark.parametrize(("arguments", "named"), CASES.values(), ids=CASES)
-def test_a_mistake_is_one_line_and_exit_code_2_before_any_run(arguments, named, folder, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_run(
+    arguments, named, folder, web, tmp_path, monkeypatch, capsys
+):
+    arguments = [argument.replace("SERVER", web) for argument in arguments]
     monkeypatch.chdir(folder)
     monkeypatch.delenv("LIT_SIGSOFTMAX_DATA", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlruns/mlflow.db")
@@ -151,6 +237,57 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_any_run(arguments, named, 
     assert not re.search(r"Traceback|<class 'NoneType'>|Does not validate against", "\n".join(lines))
     assert not (tmp_path / "mlruns").exists()
     assert not Path("mlruns").exists()
+
+
+DOWNLOADS = {
+    "truncated": "bytes: the connection broke",
+    "other": "gave another file",
+    "500": "HTTP Error 500",
+    "403": "HTTP Error 403",
+    "page": "gave a web page, not the file",
+}
+
+
+@pytest.mark.parametrize("recipe", [penn_treebank, wikitext2])
+@pytest.mark.parametrize(("answer", "named"), DOWNLOADS.items(), ids=DOWNLOADS)
+def test_a_download_that_fails_is_told_before_any_run(recipe, answer, named, web, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_SIGSOFTMAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LIT_SIGSOFTMAX_DATA", raising=False)
+    monkeypatch.setattr(recipe, "_SOURCES", (f"http://{web}/{answer}/", f"http://{web}/500/"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", f"--config={recipe.__name__.split('.')[-2]}/lstm.yaml", *QUIET])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("error: ") == 1
+    assert f"http://{web}/{answer}/" in error
+    assert named in error
+    assert "HTTP Error 500" in error
+    assert "point --data.root at a folder that holds the corpus" in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+LINE = " ".join(f"w{i % 12}" for i in range(600))
+ODD = {
+    "Windows line ends": "\r\n".join([LINE] * 3) + "\r\n",
+    "byte order mark": f"\ufeff{LINE}\n",
+    "one line": " ".join([LINE] * 100) + "\n",
+    "no newline at the end": LINE,
+    "nothing but <unk>": "<unk> " * 600 + "\n",
+    "blank lines": f"\n\n{LINE}\n\n\n",
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_text_that_is_odd_but_right_trains(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_text_corpus(tmp_path / "odd")
+    for split in ("train", "valid", "test"):
+        (tmp_path / "odd" / f"{split}.txt").write_bytes(text.encode())
+    main(["fit", *TEXT, "--data.root=odd", *QUIET, "--trainer.logger=false", "--trainer.fast_dev_run=true"])
+    assert "test/perplexity" in capsys.readouterr().out
 
 
 def test_the_cases_are_mistakes_alone(folder, tmp_path, monkeypatch, capsys):
