@@ -107,7 +107,7 @@ def started(request, empty_store, tmp_path_factory):
 @pytest.fixture
 def server(started, tmp_path, monkeypatch):
     """A server that runs, a working directory, and a corpus of its own name for each test."""
-    if started.process is None:
+    if started.process is None or started.process.poll() is not None:
         started.start()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", started.uri)

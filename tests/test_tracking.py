@@ -209,6 +209,7 @@ def test_artifacts_tags_and_dataset_of_a_run(store, tmp_path):
     assert "mine.Data" in dataset.dataset.source
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finalized_is_stored_when_the_program_ends(store):
     code = (
         "from lit_sigsoftmax.tracking import MLflowTracker\n"
