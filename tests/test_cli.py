@@ -203,9 +203,9 @@ def test_a_run_that_raises_is_failed(store):
         "calls = []\n\n\ndef log_g(z):\n    calls.append(z)\n"
         "    if len(calls) == 4:\n        raise ArithmeticError('at step 3')\n    return z\n"
     )
+    # The reference calls the activation once a step.
+    words = ["--trainer.num_sanity_val_steps=0", "--model.loss_backend=reference"]
     with pytest.raises(ArithmeticError, match="at step 3"):
-        # The reference calls the activation once a step.
-        words = ["--trainer.num_sanity_val_steps=0", "--model.loss_backend=reference"]
         main(["fit", *SMALL, *words, "--model.activation=raises_later.log_g"])
     run = store.run()
     assert (run.info.run_name, run.info.status) == ("raises_later.log_g x1 seed 0", "FAILED")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -125,12 +127,14 @@ class RankProbe(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the spectrum and its plot to the run."""
         tracker = tracker_of(trainer)
-        if self.spectrum is None or tracker is None or (client := tracker.experiment) is None:
+        if self.spectrum is None or tracker is None:
             return
         assert isinstance(pl_module, LanguageModel)
-        run_id, name = str(tracker.run_id), pl_module.head.name
-        client.log_text(run_id, self.spectrum.to_json(), "spectrum.json")
-        client.log_figure(run_id, plot_spectra({name: self.spectrum}), "spectrum.png")
+        tracker.log_text(self.spectrum.to_json(), "spectrum.json")
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "spectrum.png")
+            plot_spectra({pl_module.head.name: self.spectrum}).savefig(path)
+            tracker.log_artifact(path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening."""
