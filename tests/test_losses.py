@@ -422,3 +422,20 @@ def test_the_library_is_chosen_once_for_a_machine(tmp_path, monkeypatch):
     wrong = ask(LIT_SIGSOFTMAX_GEMM="fast")
     assert wrong.returncode != 0
     assert "LIT_SIGSOFTMAX_GEMM is 'onednn' or 'torch', not 'fast'" in wrong.stderr
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default, dtype, way):
+    """Lightning's bf16-true sets it while a model trains."""
+    inputs, target = layer(dtype)
+    expected = loss_and_gradients(inputs, target, "chunked", activation="sigsoftmax")
+    custom = loss_and_gradients(inputs, target, "chunked", activation=lambda z: z - z.square() / 50)
+    torch.set_default_dtype(default)
+    try:
+        found = loss_and_gradients(inputs, target, "chunked", activation="sigsoftmax")
+        again = loss_and_gradients(inputs, target, "chunked", activation=lambda z: z - z.square() / 50)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(again, custom, rtol=0, atol=0)

@@ -83,7 +83,7 @@ def score_and_differentiate(
         raise ValueError(f"the compiled pass does not serve the output activation {activation!r}: ask serves() first")
     if rows and (largest := int(target.max())) >= columns:
         raise IndexError(f"target {largest} is out of bounds: there are {columns} logits")
-    nll = torch.empty(rows)
+    nll = logits.new_empty(rows)
     getattr(_library(), f"rows_{activation}")(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, target, row_weight, nll)),
         ctypes.c_int64(rows),
