@@ -116,11 +116,11 @@ class LanguageModel(LightningModule):
         if stage != "train":
             self._check_context(stage)
         self._metric(stage).update(nll, count)
-        return nll.sum() / count
+        return nll
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a segment in nats per token."""
-        loss = self._step(batch, "train")
+        loss = self._step(batch, "train").sum() / (batch[1] != IGNORE_INDEX).sum()
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=batch[1].numel())
         return loss
 
@@ -128,9 +128,9 @@ class LanguageModel(LightningModule):
         """Add a segment to the validation sums."""
         self._step(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a segment to the test sums."""
-        self._step(batch, "test")
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Add a segment to the test sums, and return the loss of each token, nats, shape (batch, time)."""
+        return self._step(batch, "test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the log-probability of each target token, nats, shape (batch, time)."""

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_sigsoftmax.callbacks import RunCheckpoint, RunRecorder, Throughput
+from lit_sigsoftmax.callbacks import RunCheckpoint, RunRecorder, Throughput, TokenLosses
 from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.parser import Parser
@@ -28,7 +28,7 @@ __all__ = ["LanguageModelCLI", "recipe_path", "resolve_recipes", "run", "silence
 
 _RECIPES = "lit_sigsoftmax.recipes"
 _DESCRIPTION = """Output layers for language models, head to head. Further commands: compare trains several output
-layers over several seeds and tables them; ui shows the runs in MLflow."""
+layers over several seeds; report rebuilds its tables and figures; ui shows the runs in MLflow."""
 _KEYWORDS = ("best", "hpc", "registry")  # of Lightning
 _NOISE = (
     "LightningCLI's args parameter is intended",
@@ -59,7 +59,7 @@ class LanguageModelCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "logger": {"class_path": "lit_sigsoftmax.tracking.MLflowTracker"},
-                "callbacks": [Throughput(), *callbacks],
+                "callbacks": [Throughput(), TokenLosses(), *callbacks],
                 "use_distributed_sampler": False,  # the datamodule shards the streams
                 "enable_autolog_hparams": False,  # RunRecorder logs the whole configuration
             },
@@ -103,6 +103,7 @@ class LanguageModelCLI(LightningCLI):
             seed, dataset = str(self._get(self.config, "seed_everything")), str(self.datamodule.name)
             activation, n_experts = model.head.name.rsplit(" x", 1)
             tags = {"dataset": dataset, "activation": activation, "n_experts": n_experts, "seed": seed}
+            tags["arm"] = model.head.name  # what reports and views group by; a comparison adds what else it varies
             tracker.describe(dataset, f"{model.head.name} seed {seed}", {**tags, "kind": self.subcommand or "none"})
 
     def _parse_ckpt_path(self) -> None:

@@ -4,5 +4,6 @@ from lit_sigsoftmax.callbacks.checkpoint import RunCheckpoint
 from lit_sigsoftmax.callbacks.rank_probe import RankProbe
 from lit_sigsoftmax.callbacks.recorder import RunRecorder
 from lit_sigsoftmax.callbacks.throughput import Throughput
+from lit_sigsoftmax.callbacks.token_losses import TokenLosses
 
-__all__ = ["RankProbe", "RunCheckpoint", "RunRecorder", "Throughput"]
+__all__ = ["RankProbe", "RunCheckpoint", "RunRecorder", "Throughput", "TokenLosses"]

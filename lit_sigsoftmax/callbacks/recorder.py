@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -70,6 +73,8 @@ def environment() -> dict[str, str]:
     """Return tags for package versions, interpreter, machine and the working directory's git commit."""
     tags = {f"version.{name}": version(name) for name in _PACKAGES}
     tags |= {"version.python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    # Without the password of a database's address.
+    tags["command"] = re.sub(r"://[^/@\s]+@", "://***@", shlex.join(["lit-sigsoftmax", *sys.argv[1:]]))
     if torch.cuda.is_available():
         tags["machine"] += f" {torch.cuda.get_device_name()}"
     if commit := _git("rev-parse", "HEAD"):
