@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_sigsoftmax import training
-from lit_sigsoftmax.compare import compare
-from lit_sigsoftmax.ui import serve
 
 __all__ = ["main"]
 
@@ -22,8 +20,19 @@ def main(args: Sequence[str] | None = None) -> None:
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # the user's own modules, also from the console script
     words = list(sys.argv[1:] if args is None else args)
-    commands = {"compare": compare, "ui": serve}
-    if words and words[0] in commands:
-        commands[words[0]](words[1:])
+    command, rest = (words or [""])[0], words[1:]
+    # Imported where they are needed: a run that only trains does not wait for SciPy.
+    if command == "compare":
+        from lit_sigsoftmax.compare.command import compare
+
+        compare(rest)
+    elif command == "report":
+        from lit_sigsoftmax.compare.report import report
+
+        report(rest)
+    elif command == "ui":
+        from lit_sigsoftmax.ui import serve
+
+        serve(rest)
     else:
         training.run(words)

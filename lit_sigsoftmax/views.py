@@ -66,9 +66,8 @@ def _view(query: str) -> dict[str, Any]:
         keys = {"uuid": key, "metricKey": key, "selectedMetricKeys": [key], "displayName": title, "scaleType": scale}
         return {**card, **line, **keys}
 
-    tags = ["activation", "n_experts", "seed", "study"]
-    metrics = ["test/perplexity", "val/best_perplexity", "train/tokens_per_second"]
-    groups = [{"mode": "tag", "groupByData": tag} for tag in ("activation", "n_experts")]
+    columns = [f"metrics.`{name}`" for name in ("test/perplexity", "val/best_perplexity", "train/tokens_per_second")]
+    columns += ["tags.`seed`", "attributes.`Duration`", "attributes.`Created`", "tags.`study`"]
     return {
         "searchFilter": query,
         "orderByKey": "metrics.`test/perplexity`",
@@ -77,7 +76,7 @@ def _view(query: str) -> dict[str, Any]:
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [*(f"tags.`{tag}`" for tag in tags), *(f"metrics.`{name}`" for name in metrics)],
+        "selectedColumns": columns,
         "columnOrder": [],
         "columnWidths": {},
         "runsExpanded": {},
@@ -90,7 +89,7 @@ def _view(query: str) -> dict[str, Any]:
         "isAccordionReordered": True,
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": groups},
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "arm"}]},
         "groupsExpanded": {},
         "autoRefreshEnabled": True,
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},

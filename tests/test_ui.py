@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import urllib.request
 import psutil
 import pytest
 from cli_helpers import SCRIPT
+from report_helpers import IDS, write_run
 
 from lit_sigsoftmax.cli import main
 from lit_sigsoftmax.tracking import MLflowTracker
@@ -127,6 +129,52 @@ def test_the_page_is_served_to_this_machine_until_interrupted_or_terminated(stor
         terminated.process.wait(60)
         for ui in (interrupted, terminated):
             wait_for(lambda: ended(ui.family), 30, lambda: f"left behind: {ui.family}")  # noqa: B023
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Returns the page that a real browser makes of an address: the document after its scripts have run."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine: the pages are not looked at (apt-get install chromium)")
+
+    def page(address, profile):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--window-size=1600,1100"]
+        command = [program, *flags, "--virtual-time-budget=60000", "--dump-dom", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return re.sub(r"<(script|style)\b.*?</\1>", "", done.stdout, flags=re.S)
+
+    return page
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_what_a_person_sees(chromium, store, tmp_path, capsys):
+    """The report's page, and the page of MLflow that the report points to."""
+    for seed in (0, 1):
+        for layer, test in (("softmax x1", 100.0 + 3 * seed), ("sigsoftmax x4", 95.0 + seed)):
+            write_run(store, layer, seed, test, nll=[test / 20.0] * len(IDS))
+    write_run(store, "relu x1", 0, status="failed", study="another")
+    main(["report", "--study", "demo", "--out", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    page = chromium((tmp_path / "report" / "report.html").as_uri(), tmp_path / "profile")
+    assert re.search(r'<tr class="baseline">\s*<td><span[^>]*></span>softmax x1</td>', page)
+    assert len(re.findall(r"<figure[^>]*><svg", page)) == 4
+    assert re.search(
+        r"<li>sigsoftmax x4: not significant at 5 %; 2 seeds can show differences above [\d.]+\.</li>", page
+    )
+    assert {"Study demo", "Every run", "sigsoftmax x4 seed 1"} <= set(re.split(r"<[^>]+>", page))
+
+    with UI(store, tmp_path / "ui.log") as ui:
+        ui.wait()
+        address = re.search(r"^Compare: (http\S+)$", printed, re.M)[1].replace(":5000/", f":{ui.port}/")
+        words = re.split(r"<[^>]+>", chromium(address, tmp_path / "profile"))
+    shown = [word for word in words if word.startswith("Group: ")]
+    assert shown == ["Group: sigsoftmax x4", "Group: softmax x1"]  # the lower perplexity first
+    assert {f"{layer} seed {seed}" for layer in ("softmax x1", "sigsoftmax x4") for seed in (0, 1)} <= set(words)
+    assert "relu x1 seed 0" not in words
+    assert {"Head to head", "test/perplexity", "val/perplexity", "101.50", "95.50"} <= set(words)  # means over seeds
 
 
 def error_of(capsys, *arguments):

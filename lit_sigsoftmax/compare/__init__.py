@@ -1,5 +1,5 @@
-"""Head to head: one recipe trained with several output layers over several seeds, and the table of what came out."""
+"""Head to head: one recipe trained with several output layers over several seeds, and the report of what came out.
 
-from lit_sigsoftmax.compare.command import compare
-
-__all__ = ["compare"]
+``command.compare`` trains, ``report.report`` reports; nothing is imported here, so that a run started by a comparison
+does not pay for SciPy.
+"""

@@ -15,12 +15,12 @@ from lit_sigsoftmax.compare.cluster import make_executor, train_on_cluster
 from lit_sigsoftmax.compare.job import Job, close, find
 from lit_sigsoftmax.compare.options import Options, read_options
 from lit_sigsoftmax.compare.plan import tuning_runs
+from lit_sigsoftmax.compare.report import conclude
+from lit_sigsoftmax.compare.results import study_runs
 from lit_sigsoftmax.compare.run import check, train
 from lit_sigsoftmax.compare.study import Study
-from lit_sigsoftmax.compare.table import collect, log_summary, rich_table, study_runs
 from lit_sigsoftmax.compare.tuning import choose
 from lit_sigsoftmax.tracking import open_client, sqlite_path, store_root
-from lit_sigsoftmax.views import comparison_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,7 +69,8 @@ def _compare(options: Options) -> None:
         runs = choose(client, study, first)
     failed += _train_all(client, options, executor, study.jobs(runs))
     study.mark_baseline(client)
-    _conclude(client, options.tracking_uri, options.study)
+    # Whatever is unfair has been asked for by now, or is better shown than lost after hours of training.
+    conclude(client, options.tracking_uri, [options.study], allow_unfair=True)
     if failed:
         raise SystemExit(1)
 
@@ -123,20 +124,6 @@ def _outcome(client: MlflowClient, job: Job, done: bool) -> str:
     run = find(client, job)[0]
     seconds = (run.info.end_time - run.info.start_time) / 1000
     return f"{job.name}: done after {seconds:.0f} s"
-
-
-def _conclude(client: MlflowClient, uri: str, study: str) -> None:
-    runs = [run for run in study_runs(client, study) if run.data.tags.get("role") != "tuning"]
-    arms = collect(runs)
-    if not arms:
-        print("no run has finished: there is nothing to compare", file=sys.stderr)
-        return
-    experiment_id = runs[0].info.experiment_id
-    log_summary(client, experiment_id, study, arms)
-    Console().print(rich_table(arms, f"study {study}"))
-    print(f"Compare: {comparison_url(uri, experiment_id, study)}")
-    if not uri.startswith("http"):
-        print("Serve it with: lit-sigsoftmax ui")
 
 
 def _last_lines(log: Path, n: int = 5) -> str:

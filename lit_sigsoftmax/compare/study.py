@@ -13,7 +13,7 @@ from lit_sigsoftmax.compare.fairness import config_hash, unfair_differences
 from lit_sigsoftmax.compare.job import Job, find
 from lit_sigsoftmax.compare.options import Options
 from lit_sigsoftmax.compare.plan import PlannedRun, tuning_runs
-from lit_sigsoftmax.compare.table import study_runs
+from lit_sigsoftmax.compare.results import study_runs
 from lit_sigsoftmax.tracking import store_root
 
 if TYPE_CHECKING:

@@ -1,128 +1,140 @@
-"""The table of a comparison, from the tracking store alone."""
+"""The table of a study: for a terminal, for a paper, and for a program."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lit_sigsoftmax.views import study_tags
+from lit_sigsoftmax.compare.results import Arm, Results
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+__all__ = ["as_csv", "as_latex", "as_markdown", "columns", "rich_table", "rows"]
 
-__all__ = ["Arm", "collect", "log_summary", "markdown", "rich_table", "rows", "study_runs"]
+_COLUMNS = ("output layer", "seeds", "params", "val ppl", "test ppl", "Δ ppl", "95 % interval", "p", "tokens/s")
+_TERMINAL = ("output layer", "seeds", "test ppl", "Δ ppl", "p", "tokens/s")  # what 80 columns hold
+_RANK = "test/log_prob_rank"
+_TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "Δ": r"$\Delta$"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
-_COLUMNS = ("output layer", "seeds", "params", "val ppl", "test ppl", "tokens/s")
-_METRICS = ("val/best_perplexity", "test/perplexity", "train/tokens_per_second")
 
+def columns(study: Results) -> tuple[str, ...]:
+    """Return the table's head.
 
-@dataclass
-class Arm:
-    """One output layer of a comparison.
-
-    Attributes:
-        layer: Activation and mixture size, as in ``sigsoftmax x4``.
-        parameters: Number of trainable parameters.
-        val: Best validation perplexity of each seed.
-        test: Test perplexity of each seed, of the checkpoint that was best in validation.
-        tokens_per_second: Training speed of each seed's last epoch.
-        diverged: Number of seeds without a finite result, which are in none of the lists.
+    Perplexities are mean ± sample standard deviation over seeds; Δ ppl is the mean difference from the baseline in
+    pairs of the same seed, with its confidence interval and the p-value of a paired t-test after Holm's correction;
+    rank, where it was measured, is the mean of ``test/log_prob_rank``.
     """
-
-    layer: str
-    parameters: int
-    val: list[float] = field(default_factory=list)
-    test: list[float] = field(default_factory=list)
-    tokens_per_second: list[float] = field(default_factory=list)
-    diverged: int = 0
+    return (*_COLUMNS, "rank") if any(arm.values(_RANK) for arm in study.arms) else _COLUMNS
 
 
-def study_runs(client: MlflowClient, study: str) -> list[Any]:
-    """Return the training runs of a study, in whatever state, of all experiments."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query, token, found = f"tags.study = '{study}' and tags.kind = 'fit'", None, []
-    while True:
-        page = client.search_runs(experiments, query, page_token=token)
-        found += list(page)
-        if not (token := page.token):
-            return found
+def rows(study: Results) -> list[tuple[str, ...]]:
+    """Return the table's cells, by :func:`columns`."""
+    return [_cells(study, arm)[: len(columns(study))] for arm in study.arms]
 
 
-def collect(runs: Sequence[Any]) -> list[Arm]:
-    """Gather finished runs by output layer.
-
-    Returns:
-        The output layers, lowest mean test perplexity first, those without a finite result last.
-    """
-    arms: dict[str, Arm] = {}
-    for run in runs:
-        if run.info.status != "FINISHED":
-            continue
-        layer = f"{run.data.tags['activation']} x{run.data.tags['n_experts']}"
-        arm = arms.setdefault(layer, Arm(layer, int(run.data.params["parameters"])))
-        values = [run.data.metrics.get(name) for name in _METRICS]
-        if None in values:
-            arm.diverged += 1
-            continue
-        for sample, value in zip((arm.val, arm.test, arm.tokens_per_second), values, strict=True):
-            sample.append(value)
-    return sorted(arms.values(), key=lambda arm: mean(arm.test) if arm.test else float("inf"))
-
-
-def rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
-    """Return the table's cells: mean ± standard deviation over seeds."""
-    return [
-        (
-            arm.layer,
-            str(len(arm.test)) + (f" ({arm.diverged} diverged)" if arm.diverged else ""),
-            f"{arm.parameters:,}",
-            _mean_sd(arm.val),
-            _mean_sd(arm.test),
-            f"{mean(arm.tokens_per_second):,.0f}" if arm.tokens_per_second else "-",
-        )
-        for arm in arms
-    ]
-
-
-def rich_table(arms: Sequence[Arm], title: str) -> Table:
-    """Return the table for a terminal."""
-    table = Table(title=title)
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == _COLUMNS[0] else "right", no_wrap=True)
-    for row in rows(arms):
-        table.add_row(*row)
+def rich_table(study: Results) -> Table:
+    """Return the table for a terminal, the baseline in bold. What does not count has no room in it."""
+    table = Table(title=f"study {study.title}")
+    for column in _TERMINAL:
+        left = column == _TERMINAL[0]
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for arm, row in zip(study.arms, rows(study), strict=True):
+        cells = dict(zip(columns(study), row, strict=True)) | {"seeds": str(len(arm.runs))}
+        table.add_row(*(cells[name] for name in _TERMINAL), style="bold" if _is_baseline(study, arm) else None)
     return table
 
 
-def markdown(arms: Sequence[Arm]) -> str:
+def as_markdown(study: Results) -> str:
     """Return the table in Markdown."""
-    lines = [_COLUMNS, ("---", *("---:" for _ in _COLUMNS[1:])), *rows(arms)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    head = columns(study)
+    lines: list[Sequence[str]] = [head, ("---", *("---:" for _ in head[1:])), *rows(study)]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
-def log_summary(client: MlflowClient, experiment_id: str, study: str, arms: Sequence[Arm]) -> str:
-    """Write the table to a run of its own, the study's summary, and give the experiment a view of the study.
+def as_latex(study: Results) -> str:
+    """Return the table in LaTeX, with the rules of booktabs."""
+    lines = [
+        " & ".join("".join(_TEX.get(c, c) for c in cell) for cell in row) for row in (columns(study), *rows(study))
+    ]
+    head, body = lines[0], " \\\\\n".join(lines[1:])
+    begin, end = f"\\begin{{tabular}}{{l{'r' * (len(columns(study)) - 1)}}}", r"\end{tabular}"
+    return f"{begin}\n\\toprule\n{head} \\\\\n\\midrule\n{body} \\\\\n\\bottomrule\n{end}\n"
 
-    Returns:
-        The run's id.
-    """
-    text = markdown(arms)
-    tags = {"study": study, "kind": "summary", "mlflow.note.content": text}
-    run_id = str(client.create_run(experiment_id, tags=tags, run_name=f"study {study}").info.run_id)
-    cells: Any = dict(zip(_COLUMNS, map(list, zip(*rows(arms), strict=True)), strict=True))
-    client.log_table(run_id, cells, "comparison.json")
-    client.log_text(run_id, text, "comparison.md")
-    client.set_terminated(run_id)
-    for key, value in study_tags(study).items():
-        client.set_experiment_tag(experiment_id, key, value)
-    return run_id
+
+def as_csv(study: Results) -> str:
+    """Return all that is known of each arm, one a line, in full precision; an empty cell is what cannot be said."""
+    records = [_record(study, arm) for arm in study.arms]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _record(study: Results, arm: Arm) -> dict[str, object]:
+    val, test = (list(arm.values(name).values()) for name in ("val/best_perplexity", "test/perplexity"))
+    speed = arm.values("train/tokens_per_second").values()
+    rank = arm.values(_RANK).values()
+    one = study.comparisons.get(arm.name)
+    low, high = one.interval if one and one.interval else (None, None)
+    return {
+        "arm": arm.name,
+        "baseline": study.baseline_of(arm),
+        "seeds": " ".join(str(run.seed) for run in arm.runs),
+        "not_counted": _not_counted(arm),
+        "parameters": arm.parameters,
+        "val_perplexity": mean(val) if val else None,
+        "val_perplexity_sd": stdev(val) if len(val) > 1 else None,
+        "test_perplexity": mean(test) if test else None,
+        "test_perplexity_sd": stdev(test) if len(test) > 1 else None,
+        "tokens_per_second": mean(speed) if speed else None,
+        "log_prob_rank": mean(rank) if rank else None,
+        "pairs": len(one.seeds) if one else None,
+        "difference": one.difference if one else None,
+        "interval_low": low,
+        "interval_high": high,
+        "t_p": one.t_p if one else None,
+        "holm_p": one.adjusted_p if one else None,
+        "permutation_p": one.permutation_p if one else None,
+        "detectable": one.detectable if one else None,
+    }
+
+
+def _cells(study: Results, arm: Arm) -> tuple[str, ...]:
+    one = study.comparisons.get(arm.name)
+    speed = arm.values("train/tokens_per_second").values()
+    rank = arm.values(_RANK).values()
+    others = _not_counted(arm)
+    return (
+        arm.name,
+        f"{len(arm.runs)}" + (f" ({others})" if others else ""),
+        "-" if arm.parameters is None else f"{arm.parameters:,}",
+        _mean_sd(list(arm.values("val/best_perplexity").values())),
+        _mean_sd(list(arm.values("test/perplexity").values())),
+        "baseline" if _is_baseline(study, arm) else f"{one.difference:+.2f}" if one and one.seeds else "-",
+        f"{one.interval[0]:+.2f} to {one.interval[1]:+.2f}" if one and one.interval else "-",
+        _p(one.adjusted_p) if one and one.adjusted_p is not None else "-",
+        f"{mean(speed):,.0f}" if speed else "-",
+        f"{mean(rank):,.0f}" if rank else "-",
+    )
+
+
+def _is_baseline(study: Results, arm: Arm) -> bool:
+    return bool(arm.runs) and study.baseline_of(arm) == arm.name
+
+
+def _not_counted(arm: Arm) -> str:
+    return ", ".join(f"{n} {state}" for state, n in Counter(run.state for run in arm.others).items())
 
 
 def _mean_sd(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else "-"
     return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
