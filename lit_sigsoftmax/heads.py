@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lit_sigsoftmax.activations import ActivationSpec, activation_spec, get_activation, widen
 from lit_sigsoftmax.functional import IGNORE_INDEX, linear_cross_entropy, log_normalize
-from lit_sigsoftmax.losses import check_backend
+from lit_sigsoftmax.losses import check_backend, resolve_backend
 
 __all__ = ["OutputHead"]
 
@@ -78,6 +78,11 @@ class OutputHead(nn.Module):
             arguments = ", ".join(f"{key}={value}" for key, value in (spec.get("init_args") or {}).items())
             spec = spec.get("custom") or spec["class_path"] + (f"({arguments})" if arguments else "")
         return f"{spec} x{self.n_experts}"
+
+    @property
+    def loss_backend(self) -> str:
+        """The implementation of the loss that serves this layer where it is now: what ``"auto"`` stands for."""
+        return resolve_backend(self.backend, self.weight, self.weight, self.bias, self.activation)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """Return the log-probability of every token.

@@ -283,6 +283,11 @@ def test_activation_and_backend_are_checked():
         OutputHead(HIDDEN, VOCAB, backend="fast")
 
 
+def test_the_choice_of_the_loss_is_visible():
+    assert OutputHead(HIDDEN, VOCAB).loss_backend == "chunked"
+    assert OutputHead(HIDDEN, VOCAB, backend="reference").loss_backend == "reference"
+
+
 @pytest.mark.parametrize(
     ("activation", "spec", "name"),
     [

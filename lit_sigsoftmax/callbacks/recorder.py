@@ -18,6 +18,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.data.corpus import SPLITS
+from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.tracking import MLflowTracker, tracker_of
 
 __all__ = ["RunRecorder"]
@@ -45,6 +46,8 @@ class RunRecorder(SaveConfigCallback):
         params = {key: value for key, value in self.config.as_dict().items() if key != "config"}
         tracker.log_hyperparams({**params, "parameters": count_parameters(pl_module)})
         tracker.log_tags(environment())
+        if isinstance(pl_module, LanguageModel):
+            tracker.log_tags({"loss_backend": pl_module.head.loss_backend})
         _log_corpus(tracker, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
