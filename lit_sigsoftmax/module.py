@@ -15,9 +15,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lit_sigsoftmax.activations import ActivationSpec, vouched_for
+from lit_sigsoftmax.checkpoints import CheckpointError
 from lit_sigsoftmax.functional import IGNORE_INDEX
 from lit_sigsoftmax.heads import OutputHead
 from lit_sigsoftmax.metrics import NegativeLogLikelihood
+from lit_sigsoftmax.processes import gather
 
 __all__ = ["LanguageModel"]
 
@@ -171,15 +173,26 @@ class LanguageModel(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record what the output layer is, so that it cannot come back as another one."""
+        """Record what the output layer is, and each process's carried state and sums of the epoch under way."""
         checkpoint["output_layer"] = self._output_layer()
+        sums = {key: value.cpu() for key, value in self._metric("train").metric_state.items()}
+        state = apply_to_collection(self._state.get("train"), Tensor, lambda tensor: tensor.cpu().clone())
+        checkpoint["training"] = gather({"state": state, "sums": sums})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another output layer.
+        """Refuse a checkpoint of another output layer; take up the carried state where training goes on.
 
         Raises:
-            ValueError: Activation, experts, sizes or tying differ from the checkpoint's.
+            CheckpointError: Activation, experts, sizes or tying differ from the checkpoint's.
         """
+        self._check_output_layer(checkpoint)
+        own = checkpoint.get("training", [])[self.global_rank :]
+        if own and self._trainer is not None and self._trainer.training:
+            self._state["train"] = apply_to_collection(own[0]["state"], Tensor, lambda tensor: tensor.to(self.device))
+            for key, value in own[0]["sums"].items():
+                setattr(self._metric("train"), key, value.to(self.device))
+
+    def _check_output_layer(self, checkpoint: dict[str, Any]) -> None:
         # A subclass with its own on_save_checkpoint may leave the record out; the hyperparameters are always there.
         own, theirs = self._output_layer(), checkpoint.get("output_layer") or checkpoint.get("hyper_parameters", {})
         different = [
@@ -188,7 +201,7 @@ class LanguageModel(LightningModule):
             if theirs.get(key) not in (None, value) and not (key == "activation" and vouched_for(theirs[key], value))
         ]
         if different:
-            raise ValueError(f"the checkpoint is of another output layer: {'; '.join(different)}")
+            raise CheckpointError(f"the checkpoint is of another output layer: {'; '.join(different)}")
 
     def _output_layer(self) -> dict[str, Any]:
         head = self.head

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["MLflowTracker", "default_tracking_uri", "open_client", "sqlite_path", "store_root", "tracker_of"]
 
 _SQLITE = "sqlite:///"
+_STATUS = {"failed": "FAILED", "killed": "KILLED"}
 
 
 def default_tracking_uri() -> str:
@@ -81,6 +82,8 @@ class MLflowTracker(Logger):
         study: The comparison that the run belongs to, a tag.
         tags: More tags for the run.
         system_metrics: Whether processor, memory and GPU use are recorded along with the run.
+        run_id: Continue this run: its parameters stay, and points at steps that a metric already has are dropped, since
+            MLflow would add them a second time.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class MLflowTracker(Logger):
         study: str | None = None,
         tags: dict[str, str] | None = None,
         system_metrics: bool = True,
+        run_id: str | None = None,
     ) -> None:
         super().__init__()
         self.tracking_uri = tracking_uri or default_tracking_uri()
@@ -100,7 +104,8 @@ class MLflowTracker(Logger):
         self.system_metrics = system_metrics
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
-        self._run_id: str | None = None
+        self._run_id = run_id
+        self._logged: dict[str, int] = {}  # the last step of each metric of a run that is continued
         self._running = False
         self._monitor: SystemMetricsMonitor | None = None
 
@@ -118,9 +123,12 @@ class MLflowTracker(Logger):
     def _open(self) -> MlflowClient:
         if self._client is None:
             self._client = open_client(self.tracking_uri)
-            self._experiment_id = get_experiment(self._client, self.tracking_uri, self.experiment_name or "default")
-            run = self._client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name)
-            self._run_id = run.info.run_id
+            if self._run_id is not None:
+                self._continue(self._client, self._run_id)
+            else:
+                self._experiment_id = get_experiment(self._client, self.tracking_uri, self.experiment_name or "default")
+                run = self._client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name)
+                self._run_id = run.info.run_id
         elif not self._running:
             self._client.update_run(str(self._run_id), status="RUNNING")
         if not self._running:
@@ -128,9 +136,17 @@ class MLflowTracker(Logger):
             self._start_monitor()
         return self._client
 
+    def _continue(self, client: MlflowClient, run_id: str) -> None:
+        run = client.get_run(run_id)
+        self._experiment_id, self.run_name = run.info.experiment_id, run.info.run_name
+        for key in run.data.metrics:
+            if not key.startswith("system/"):
+                self._logged[key] = max(point.step for point in client.get_metric_history(run_id, key))
+        client.update_run(run_id, status="RUNNING")
+
     @property
     def run_id(self) -> str | None:
-        """The run's id on rank 0, None on other ranks."""
+        """The run's id on rank 0; on other ranks None, but for a run that is continued."""
         _ = self._run_id or self.experiment
         return self._run_id
 
@@ -161,9 +177,11 @@ class MLflowTracker(Logger):
         from mlflow.entities import Param
 
         params = vars(params) if isinstance(params, Namespace) else params
-        entities = [Param(key, str(value)[:6000]) for key, value in flatten(params)]
+        client = self._open()
+        known = client.get_run(str(self.run_id)).data.params  # of a run that is continued
+        entities = [Param(key, str(value)[:6000]) for key, value in flatten(params) if key not in known]
         for start in range(0, len(entities), 100):  # MLflow's limit
-            self._open().log_batch(str(self.run_id), params=entities[start : start + 100])
+            client.log_batch(str(self.run_id), params=entities[start : start + 100])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -177,23 +195,24 @@ class MLflowTracker(Logger):
         if lost := [key for key, value in metrics.items() if not math.isfinite(value)]:
             self._open().set_tag(str(self.run_id), "diverged", f"{', '.join(lost)} at step {step}")
         now = int(time.time() * 1000)
+        steps = {key: 0 if key.startswith("test/") else step or 0 for key in metrics}
         entities = [
-            Metric(key, float(value), now, 0 if key.startswith("test/") else step or 0)
+            Metric(key, float(value), now, steps[key])
             for key, value in metrics.items()
-            if key != "epoch" and math.isfinite(value)
+            if key != "epoch" and math.isfinite(value) and steps[key] > self._logged.get(key, -1)
         ]
         if entities:
             self._open().log_batch(str(self.run_id), metrics=entities)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Close the run as FINISHED, or as FAILED where training raised."""
+        """Close the run as FINISHED, as FAILED where training raised, or as KILLED where it was told to stop."""
         if not self._running or self._client is None:
             return
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-        self._client.set_terminated(str(self._run_id), "FAILED" if status == "failed" else "FINISHED")
+        self._client.set_terminated(str(self._run_id), _STATUS.get(status, "FINISHED"))
         self._running = False
 
     def _start_monitor(self) -> None:

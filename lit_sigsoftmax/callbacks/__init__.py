@@ -1,7 +1,8 @@
 """Lightning callbacks."""
 
 from lit_sigsoftmax.callbacks.checkpoint import RunCheckpoint
+from lit_sigsoftmax.callbacks.last import LastCheckpoint
 from lit_sigsoftmax.callbacks.recorder import RunRecorder
 from lit_sigsoftmax.callbacks.throughput import Throughput
 
-__all__ = ["RunCheckpoint", "RunRecorder", "Throughput"]
+__all__ = ["LastCheckpoint", "RunCheckpoint", "RunRecorder", "Throughput"]

@@ -46,6 +46,14 @@ class RunRecorder(SaveConfigCallback):
             client.set_tag(run_id, key, value)
         _log_corpus(tracker, client, trainer.datamodule)  # type: ignore[attr-defined]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation perplexity so far."""
+        return {"best_perplexity": self.best_perplexity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best validation perplexity so far."""
+        self.best_perplexity = state_dict["best_perplexity"]
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the best validation perplexity."""
         if not trainer.sanity_checking and "val/perplexity" in trainer.callback_metrics:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_sigsoftmax.checkpoints import CheckpointError
 from lit_sigsoftmax.functional import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX", "Segments", "eval_streams", "shard", "train_streams"]
@@ -163,13 +164,13 @@ class Segments:
         """Go on after the segments already given out; from the start if that was a whole epoch.
 
         Raises:
-            ValueError: If the position lies within an epoch of another number of segments.
+            CheckpointError: If the position lies within an epoch of another number of segments.
         """
         position, n_segments = state["position"], state["n_segments"]
         if position >= n_segments:
             position = 0
         if position and n_segments != len(self):
-            raise ValueError(
+            raise CheckpointError(
                 f"the checkpoint was written after segment {position} of {n_segments}, but the training data now has "
                 f"{len(self)} segments: resume with the same corpus, data.batch_size and data.bptt"
             )
