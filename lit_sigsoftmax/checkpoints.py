@@ -14,13 +14,26 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["LAST", "CheckpointError", "CheckpointFiles", "keep_previous", "previous_path", "readable_last", "verify"]
+__all__ = [
+    "LAST",
+    "CheckpointError",
+    "CheckpointFiles",
+    "CheckpointWriteError",
+    "keep_previous",
+    "previous_path",
+    "readable_last",
+    "verify",
+]
 
 LAST = "last.ckpt"
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used: damaged, or of another model, corpus or configuration."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint cannot be written."""
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -34,7 +47,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """Write a temporary file, wait until the disk has it, and put it in the place of the old one.
 
         Raises:
-            OSError: The disk is full or cannot be written; the file that was there is untouched.
+            CheckpointWriteError: The disk is full or cannot be written; the file that was there is untouched.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -53,7 +66,7 @@ class CheckpointFiles(TorchCheckpointIO):
             reason = _write_error(error)
             with suppress(OSError):
                 temporary.unlink()
-            raise OSError(
+            raise CheckpointWriteError(
                 f"the checkpoint {path} could not be written: {reason}. What was written before is untouched: make "
                 "room, or name another folder with checkpoint.dirpath, and continue with --ckpt_path last"
             ) from error
@@ -70,9 +83,16 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" not in str(path):
             verify(path)
         try:
-            return super().load_checkpoint(path, map_location or "cpu", True if weights_only is None else weights_only)
+            weights_only = True if weights_only is None else weights_only
+            return super().load_checkpoint(path, map_location or _on_cpu, weights_only)
         except UnpicklingError as error:
-            raise CheckpointError(f"{path} is refused, it holds more than data: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(
+                f"{path} is refused, it holds more than data: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _on_cpu(storage: Any, location: str) -> Any:
+    return storage
 
 
 def verify(path: str | Path) -> None:
@@ -86,7 +106,9 @@ def verify(path: str | Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except zipfile.BadZipFile:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: it is cut short, or another kind of file") from None
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: it is cut short, or another kind of file"
+        ) from None
     if damaged:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged in {damaged}")
 

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather", "random_state", "set_random_state"]
+__all__ = ["Address", "address", "died", "gather", "random_state", "set_random_state"]
+
+Address = tuple[str, int]
+"""Host name and process id."""
+
+
+def address() -> Address:
+    """Return this process's address."""
+    return socket.gethostname(), os.getpid()
+
+
+def died(addresses: Sequence[Address], wait: float = 2.0) -> list[int]:
+    """Return the ranks of processes of this machine that are no more.
+
+    Args:
+        addresses: Of all ranks.
+        wait: Seconds to give a process whose connections are closed already.
+    """
+    end = time.monotonic() + wait
+    while True:
+        gone = [rank for rank, (host, pid) in enumerate(addresses) if host == address()[0] and not _alive(pid)]
+        if gone or time.monotonic() > end:
+            return gone
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat").read_text() if os.path.isdir("/proc/self") else ""
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return not status.rpartition(")")[2].startswith(" Z")  # a zombie has only not been waited for
 
 
 def gather(value: Any) -> list[Any]:

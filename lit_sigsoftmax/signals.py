@@ -7,7 +7,7 @@ import sys
 import threading
 from types import FrameType
 
-__all__ = ["Stopped", "StopSignals"]
+__all__ = ["StopSignals", "Stopped"]
 
 
 class Stopped(SystemExit):

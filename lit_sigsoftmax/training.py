@@ -17,9 +17,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_sigsoftmax.callbacks import LastCheckpoint, RunCheckpoint, RunRecorder, Throughput
-from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, verify
+from lit_sigsoftmax.callbacks import LastCheckpoint, RankWatch, RunCheckpoint, RunRecorder, Throughput
+from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, verify
 from lit_sigsoftmax.data import CorpusDataModule
+from lit_sigsoftmax.faults import TrainingError
 from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.parser import Parser
 from lit_sigsoftmax.resume import in_folder, newest, run_folder, settings
@@ -63,7 +64,7 @@ class LanguageModelCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "logger": {"class_path": "lit_sigsoftmax.tracking.MLflowTracker"},
-                "callbacks": [Throughput(), *callbacks],
+                "callbacks": [Throughput(), RankWatch(), *callbacks],
                 "use_distributed_sampler": False,  # the datamodule shards the streams
                 "enable_autolog_hparams": False,  # RunRecorder logs the whole configuration
             },
@@ -155,7 +156,9 @@ class LanguageModelCLI(LightningCLI):
         if folder := config["checkpoint.dirpath"] or (run_id and run_folder(uri, run_id)):
             found = in_folder(Path(folder), own)
             if found is None and config["ckpt_path"] and not run_id:
-                self.parser.error(f"no checkpoint to go on from in {folder}: leave out ckpt_path to start from the beginning")
+                self.parser.error(
+                    f"no checkpoint to go on from in {folder}: leave out ckpt_path to start from the beginning"
+                )
         elif config["ckpt_path"]:
             found = newest(uri, own, check_running=getattr(rank_zero_only, "rank", 0) == 0)
         config["ckpt_path"] = os.environ[_CHOSEN] = str(found.path) if found else ""
@@ -235,6 +238,9 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (TrainingError, CheckpointWriteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def silence_noise() -> None:

@@ -95,16 +95,18 @@ def _run(words, folder, log, environment, rank, at):
     os._exit(code or 0)
 
 
-class KillAtCall:
-    """SIGKILL from within, at the n-th call of a Python function after training has begun.
+class AtCall:
+    """Something that happens to a process from within, at the n-th call of a Python function after training has begun.
 
     Args:
-        n: The call; 0 to count the calls of a whole run into a file.
-        counted: That file.
+        n: The call; 0 to count the calls of a whole training into a file.
+        signum: A signal that the process gets.
+        error: Or an exception that is raised.
+        counted: The file for the count.
     """
 
-    def __init__(self, n, counted=None):
-        self.n, self.counted = n, counted
+    def __init__(self, n, signum=0, error=None, counted=None):
+        self.n, self.signum, self.error, self.counted = n, signum, error, counted
 
     def __call__(self):
         from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -117,9 +119,12 @@ class KillAtCall:
             def count(frame, event, argument):
                 nonlocal calls
                 calls += event == "call"
-                if calls == self.n:
-                    print("killed in", frame.f_code.co_filename, frame.f_code.co_name, flush=True)
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if calls == self.n and event == "call":
+                    sys.setprofile(None)
+                    print("hit in", frame.f_code.co_filename, frame.f_code.co_name, flush=True)
+                    if self.error:
+                        raise self.error
+                    os.kill(os.getpid(), self.signum)
 
             sys.setprofile(count)
             run(loop)
@@ -128,3 +133,30 @@ class KillAtCall:
                 Path(self.counted).write_text(str(calls))
 
         _FitLoop.run = counting
+
+
+class FullDisk:
+    """From the n-th checkpoint on, the disk has room for the first few bytes of a file alone."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self):
+        import resource
+
+        from lit_sigsoftmax.checkpoints import CheckpointFiles
+
+        save, written = CheckpointFiles.save_checkpoint, 0
+
+        def limited(*args, **kwargs):
+            nonlocal written
+            written += 1
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if written >= self.n:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+            try:
+                save(*args, **kwargs)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        CheckpointFiles.save_checkpoint = limited

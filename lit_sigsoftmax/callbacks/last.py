@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import BaseFileLock, Timeout
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sigsoftmax.callbacks.checkpoint import RunCheckpoint
 from lit_sigsoftmax.checkpoints import LAST, CheckpointError, keep_previous
@@ -64,7 +65,7 @@ class LastCheckpoint(RunCheckpoint):
         """
         super().setup(trainer, pl_module, stage)
         self.best_model_path = self._path
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+        if stage == "fit" and trainer.is_global_zero and not _is_trial(trainer):
             Path(str(self.dirpath)).mkdir(parents=True, exist_ok=True)
             self._lock = run_lock(str(self.dirpath))
             try:
@@ -89,7 +90,7 @@ class LastCheckpoint(RunCheckpoint):
         return {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals in place of Lightning, whose handler starts a collective wherever the process happens to be."""
+        """Listen to signals in place of Lightning, whose handler starts a collective wherever the process is."""
         self._signals.install()
         self._signals.deferred = True
         self._time = time.monotonic()
@@ -122,7 +123,7 @@ class LastCheckpoint(RunCheckpoint):
             # Lightning counts a validation that it has had, and does not repeat, as a step of the loggers.
             trainer.fit_loop.epoch_loop._batches_that_stepped = self._restored["logged_steps"]
             self._restored = self._loaders = None
-        elif self._loaders is not None and not trainer.fast_dev_run:
+        elif self._loaders is not None and not _is_trial(trainer):
             self._save(trainer)
             self._stop_if_told(trainer)
 
@@ -134,7 +135,7 @@ class LastCheckpoint(RunCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the finished training."""
-        if not trainer.fast_dev_run:
+        if not _is_trial(trainer):
             self._loaders = None
             self._save(trainer)
             self._stop_if_told(trainer)
@@ -187,6 +188,9 @@ class LastCheckpoint(RunCheckpoint):
         return str(Path(str(self.dirpath), LAST))
 
     def _save(self, trainer: Trainer) -> None:
+        if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
+            rank_zero_warn(f"the weights are not finite any more: {self._path} keeps what it has")
+            return
         for logger in trainer.loggers:
             getattr(logger, "flush", lambda: None)()  # what a continued run will not log again has to be kept
         # A last checkpoint from which this run did not go on was damaged: the one before it is worth more.
@@ -203,6 +207,10 @@ class LastCheckpoint(RunCheckpoint):
         if trainer.strategy.reduce_boolean_decision(self._signals.received > 0, all=False):
             signum = max(gather(self._signals.received))
             raise Stopped(signum, quietly=not trainer.is_global_zero)
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _set_to_step_boundary(fit_loop: dict[str, Any], loaders: dict[str, Any] | None) -> None:

@@ -156,6 +156,12 @@ class Segments:
         target[:, : begin - window.start] = IGNORE_INDEX
         return self.input[:, window].to(torch.int64, copy=True), target
 
+    def place(self, index: int) -> str:
+        """Say where a segment is in the text, for messages."""
+        begin, length = index * self.bptt, self.input.shape[1]
+        end = min(begin + self.bptt, length)
+        return f"segment {index} of {len(self)}, tokens {begin} to {end - 1} of the {length} of every stream"
+
     def state_dict(self) -> dict[str, Any]:
         """The number of segments given out in this epoch, and that of all."""
         return {"position": self._position, "n_segments": len(self)}
