@@ -39,6 +39,7 @@ _NOISE = (
     "LightningCLI's args parameter is intended",
     "`LanguageModel.configure_optimizers` will be overridden",  # by the recipe's optimizer, as it should
     "The dirpath has changed from",  # a checkpoint of another run is tested in a run of its own
+    "Checkpoint directory .* exists and is not empty",  # a run that goes on
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
 )
 

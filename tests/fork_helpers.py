@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -101,12 +100,13 @@ class AtCall:
     Args:
         n: The call; 0 to count the calls of a whole training into a file.
         signum: A signal that the process gets.
-        error: Or an exception that is raised.
+        inside: Count only the calls within functions of this name.
+        error: An exception that is raised instead.
         counted: The file for the count.
     """
 
-    def __init__(self, n, signum=0, error=None, counted=None):
-        self.n, self.signum, self.error, self.counted = n, signum, error, counted
+    def __init__(self, n, signum=0, inside=None, error=None, counted=None):
+        self.n, self.signum, self.inside, self.error, self.counted = n, signum, inside, error, counted
 
     def __call__(self):
         from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -114,12 +114,16 @@ class AtCall:
         run = _FitLoop.run
 
         def counting(loop):
-            calls = 0
+            calls, depth = 0, 0
 
             def count(frame, event, argument):
-                nonlocal calls
-                calls += event == "call"
-                if calls == self.n and event == "call":
+                nonlocal calls, depth
+                if self.inside == frame.f_code.co_name:
+                    depth += {"call": 1, "return": -1}.get(event, 0)
+                if event != "call" or (self.inside and not depth):
+                    return
+                calls += 1
+                if calls == self.n:
                     sys.setprofile(None)
                     print("hit in", frame.f_code.co_filename, frame.f_code.co_name, flush=True)
                     if self.error:
