@@ -182,7 +182,7 @@ def test_a_folder_that_is_named_goes_on_by_itself(place):
 
 
 def test_without_being_asked_a_new_run_starts(place):
-    store, folder = place
+    store, _ = place
     main(AGAIN)
     assert sorted(run.info.status for run in store.runs()) == ["FAILED", "FINISHED"]
 
@@ -282,5 +282,5 @@ def test_a_checkpoint_of_other_words_is_refused(tmp_path):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     model = LanguageModel(RecurrentBackbone(len(WORDS), 4, 1))
     Trainer(max_epochs=1, callbacks=[LastCheckpoint(str(tmp_path))], **quiet).fit(model, Data(batch_size=2))
-    with pytest.raises(CheckpointError, match="another vocabulary: it was trained on 'tiny'.*of 'others' here"):
+    with pytest.raises(CheckpointError, match=r"another vocabulary: it was trained on 'tiny'.*of 'others' here"):
         Trainer(**quiet).test(model, Other(), ckpt_path=tmp_path / "last.ckpt")

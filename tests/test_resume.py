@@ -44,7 +44,8 @@ def reference(request, tmp_path_factory):
 def interruptions(calls, processes):
     """What happens to the run, to which process, and with which exit code that ends."""
     rng = random.Random(SEED)
-    moments = [(rng.randrange(1, calls // 20), None) for _ in range(14)]
+    moments = [(rng.randrange(calls // 20, calls // 10), None)]  # later than the first checkpoint
+    moments += [(rng.randrange(1, calls // 20), None) for _ in range(13)]
     # And surely in the middle of a validation, and of the first, second and third checkpoint.
     moments += [(rng.randrange(1, 1000), "_evaluation_step")]
     moments += [(rng.randrange(400 * i, 400 * i + 400), "save_checkpoint") for i in range(3)]
