@@ -23,7 +23,6 @@ from lit_sigsoftmax.faults import loss_memory, non_finite_loss
 from lit_sigsoftmax.functional import IGNORE_INDEX
 from lit_sigsoftmax.heads import OutputHead
 from lit_sigsoftmax.metrics import NegativeLogLikelihood
-from lit_sigsoftmax.processes import gather
 
 __all__ = ["LanguageModel"]
 
@@ -215,28 +214,33 @@ class LanguageModel(LightningModule):
         """AdamW at 1e-3; a recipe's ``optimizer`` and ``lr_scheduler`` replace it."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record what the output layer is, and each process's carried state and sums of the epoch under way."""
-        checkpoint["output_layer"] = self._output_layer()
+    def carried(self) -> dict[str, Any]:
+        """Return what this process carries from training step to training step beside the weights.
+
+        :class:`~lit_sigsoftmax.callbacks.LastCheckpoint` keeps it, for each process.
+
+        Returns:
+            The carried state and the sums of the epoch under way, on the CPU.
+        """
         metric = self._metric("train")
-        sums = {"nats": metric.nats.cpu(), "tokens": metric.tokens.cpu()}
-        state = apply_to_collection(self._state.get("train"), Tensor, lambda tensor: tensor.cpu().clone())
-        checkpoint["training"] = gather({"state": state, "sums": sums})
+        state = apply_to_collection(self._state.get("train"), Tensor, Tensor.cpu)
+        return {"state": state, "nats": metric.nats.cpu(), "tokens": metric.tokens.cpu()}
+
+    def carry_on(self, carried: dict[str, Any]) -> None:
+        """Take up what :meth:`carried` returned."""
+        metric, carried = self._metric("train"), apply_to_collection(carried, Tensor, Tensor.to, self.device)
+        self._state["train"], metric.nats, metric.tokens = carried["state"], carried["nats"], carried["tokens"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what the output layer is, so that it cannot come back as another one."""
+        checkpoint["output_layer"] = self._output_layer()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another output layer; take up the carried state where training goes on.
+        """Refuse a checkpoint of another output layer.
 
         Raises:
             CheckpointError: Activation, experts, sizes or tying differ from the checkpoint's.
         """
-        self._check_output_layer(checkpoint)
-        own = checkpoint.get("training", [])[self.global_rank :]
-        if own and self._trainer is not None and self._trainer.training:
-            self._state["train"] = apply_to_collection(own[0]["state"], Tensor, lambda tensor: tensor.to(self.device))
-            for key, value in own[0]["sums"].items():
-                setattr(self._metric("train"), key, value.to(self.device))
-
-    def _check_output_layer(self, checkpoint: dict[str, Any]) -> None:
         # A subclass with its own on_save_checkpoint may leave the record out; the hyperparameters are always there.
         own, theirs = self._output_layer(), checkpoint.get("output_layer") or checkpoint.get("hyper_parameters", {})
         different = [

@@ -6,9 +6,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -52,6 +53,8 @@ class LanguageModelCLI(LightningCLI):
         callbacks: Further callbacks of the trainer.
         run: Whether the subcommand is run, or the objects are only made.
     """
+
+    _settings: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, args: Sequence[str] | None = None, callbacks: Sequence[Callback] = (), run: bool = True) -> None:
         super().__init__(
@@ -104,7 +107,7 @@ class LanguageModelCLI(LightningCLI):
             trainer.strategy.checkpoint_io = CheckpointFiles()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
-                callback.settings = self._settings
+                callback.settings = dict(self._settings)
         return trainer
 
     def after_instantiate_classes(self) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sigsoftmax.callbacks.checkpoint import RunCheckpoint
 from lit_sigsoftmax.checkpoints import LAST, CheckpointError, keep_previous
+from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.processes import gather, random_state, set_random_state
 from lit_sigsoftmax.resume import run_lock
 from lit_sigsoftmax.signals import Stopped, StopSignals
@@ -25,8 +26,8 @@ class LastCheckpoint(RunCheckpoint):
 
     A checkpoint is written just before a step, when everything about the step before it has been done and logged, a
     validation included: at the start of every epoch, at intervals within it, and at the end. Beside Lightning's own
-    state it holds the random number generators of every process. SIGTERM and Ctrl-C are answered there too: the run
-    writes a checkpoint and ends with exit code 143 or 130.
+    state it holds, of every process, the random number generators and what the model carries from step to step. SIGTERM
+    and Ctrl-C are answered there too: the run writes a checkpoint and ends with exit code 143 or 130.
 
     (A checkpoint that Lightning writes at the end of a step comes before that step is logged and validated; at the end
     of a validation or an epoch, before the rest of that.)
@@ -119,7 +120,10 @@ class LastCheckpoint(RunCheckpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save, if it is time to; after a restart, first put the random number generators where they were."""
         if self._restored is not None:
-            set_random_state(self._restored["random"][trainer.global_rank])
+            own = self._restored["processes"][trainer.global_rank]
+            set_random_state(own["random"])
+            if isinstance(pl_module, LanguageModel):
+                pl_module.carry_on(own["carried"])
             # Lightning counts a validation that it has had, and does not repeat, as a step of the loggers.
             trainer.fit_loop.epoch_loop._batches_that_stepped = self._restored["logged_steps"]
             self._restored = self._loaders = None
@@ -162,9 +166,12 @@ class LastCheckpoint(RunCheckpoint):
         tracker = tracker_of(trainer)
         checkpoint["run_id"] = tracker.run_id if tracker else None
         if self._saving:
-            states = gather(random_state())
-            logged_steps = trainer.fit_loop.epoch_loop._batches_that_stepped
-            checkpoint["resume"] = {"random": states, "logged_steps": logged_steps, "stopped": trainer.should_stop}
+            carried = pl_module.carried() if isinstance(pl_module, LanguageModel) else None
+            checkpoint["resume"] = {
+                "processes": gather({"random": random_state(), "carried": carried}),
+                "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped,
+                "stopped": trainer.should_stop,
+            }
             _set_to_step_boundary(checkpoint["loops"]["fit_loop"], self._loaders)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -175,7 +182,7 @@ class LastCheckpoint(RunCheckpoint):
         """
         if not trainer.training or (restored := checkpoint.get("resume")) is None:
             return
-        if (processes := len(restored["random"])) != trainer.world_size:
+        if (processes := len(restored["processes"])) != trainer.world_size:
             raise CheckpointError(
                 f"the checkpoint was written by {processes} processes and is to be continued by {trainer.world_size}: "
                 f"each has a state of its own, so set trainer.devices and trainer.num_nodes to make {processes}"
