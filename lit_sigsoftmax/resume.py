@@ -120,7 +120,7 @@ def _newest_first(root: Path) -> Iterator[Path]:
 
 def _read(path: Path) -> tuple[Resumption, dict[str, str]]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the weights are not read
-    return Resumption(path, checkpoint.get("run_id")), checkpoint.get("settings", {})
+    return Resumption(path.resolve(), checkpoint.get("run_id")), checkpoint.get("settings", {})
 
 
 def _differences(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:

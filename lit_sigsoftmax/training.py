@@ -165,8 +165,8 @@ class LanguageModelCLI(LightningCLI):
                 )
         elif config["ckpt_path"]:
             found = newest(uri, own, check_running=getattr(rank_zero_only, "rank", 0) == 0)
-        config["ckpt_path"] = os.environ[_CHOSEN] = str(found.path) if found else ""
-        config["ckpt_path"] = config["ckpt_path"] or None
+        config["ckpt_path"] = str(found.path) if found else None
+        os.environ[_CHOSEN] = config["ckpt_path"] or ""
         if found and tracker is not None and found.run_id:
             tracker["run_id"] = found.run_id
 

@@ -159,9 +159,11 @@ def place(interrupted, tmp_path, monkeypatch, empty_store):
 
 
 def test_a_failed_run_goes_on_where_it_was(place):
-    store, _ = place
+    """With ``last.ckpt`` of step 7, which stays as the one before until the end."""
+    store, folder = place
     assert store.run().info.status == "FAILED"
-    main([*AGAIN, "--ckpt_path=last"])
+    main([*AGAIN[:-1], "--ckpt_path=last"])
+    assert torch.load(previous_path(folder / "last.ckpt"), weights_only=True)["global_step"] == 7
     run = store.run()
     assert run.info.status == "FINISHED"
     assert store.steps(run, "train/loss") == list(range(10))
