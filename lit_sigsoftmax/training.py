@@ -151,8 +151,8 @@ class LanguageModelCLI(LightningCLI):
 
     def _find_last(self, config: Any) -> None:
         tracker = _tracker_arguments(config)
-        chosen = os.environ.get(_CHOSEN) if getattr(rank_zero_only, "rank", 0) else None
-        if chosen is not None:  # by the process that started this one
+        parent, _, chosen = os.environ.get(_CHOSEN, "").partition(" ")
+        if parent == str(os.getppid()):  # one that has chosen for the processes that it starts, such as this
             config["ckpt_path"] = chosen or None
             return
         uri = (tracker or {}).get("tracking_uri") or default_tracking_uri()
@@ -166,7 +166,7 @@ class LanguageModelCLI(LightningCLI):
         elif config["ckpt_path"]:
             found = newest(uri, own, check_running=getattr(rank_zero_only, "rank", 0) == 0)
         config["ckpt_path"] = str(found.path) if found else None
-        os.environ[_CHOSEN] = config["ckpt_path"] or ""
+        os.environ[_CHOSEN] = f"{os.getpid()} {config['ckpt_path'] or ''}"
         if found and tracker is not None and found.run_id:
             tracker["run_id"] = found.run_id
 

@@ -71,6 +71,7 @@ def _run(words, folder, log, environment, rank, at):
     sys.path.insert(0, folder)
     if environment["WORLD_SIZE"] == 1:
         environment = {"OMP_NUM_THREADS": "1"}
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # what it was for the test for which the server was started
     os.environ.update({key: str(value) for key, value in environment.items()})
     import torch
     from lightning.pytorch.utilities import rank_zero_only
