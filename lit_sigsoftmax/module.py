@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +16,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lit_sigsoftmax.activations import ActivationSpec, vouched_for
+from lit_sigsoftmax.backbones.interface import embedding_weight, sizes
+from lit_sigsoftmax.checkpoints import CheckpointError
+from lit_sigsoftmax.data.streams import Segments
+from lit_sigsoftmax.faults import loss_memory, non_finite_loss
 from lit_sigsoftmax.functional import IGNORE_INDEX
 from lit_sigsoftmax.heads import OutputHead
 from lit_sigsoftmax.metrics import NegativeLogLikelihood
@@ -38,6 +43,8 @@ class LanguageModel(LightningModule):
         tie_weights: Whether the output weight is the backbone's embedding weight.
         bias: Whether the logits have a bias.
         loss_backend: The implementation of the loss, see :mod:`lit_sigsoftmax.losses`; ``"auto"`` chooses.
+        on_nonfinite_loss: Whether a training loss that is infinite or not a number stops the training, or the step is
+            skipped: weights, carried state and sums stay as they were before it.
 
     Attributes:
         head: The :class:`~lit_sigsoftmax.OutputHead`.
@@ -55,6 +62,7 @@ class LanguageModel(LightningModule):
         tie_weights: bool = True,
         bias: bool = True,
         loss_backend: str = "auto",
+        on_nonfinite_loss: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         # Checkpoints hold plain data: a module built in Python is handed to load_from_checkpoint again.
@@ -62,12 +70,14 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters(ignore=["activation", "backbone"] if from_python else ["activation"])
         self.backbone = backbone
         self.tie_weights = tie_weights
-        self.head = OutputHead(*_sizes(backbone, vocab_size), activation, n_experts, bias=bias, backend=loss_backend)
+        self.head = OutputHead(*sizes(backbone, vocab_size), activation, n_experts, bias=bias, backend=loss_backend)
         self.save_hyperparameters({"activation": self.head.activation_spec})
         if tie_weights:
-            self.head.weight = _embedding_weight(backbone, self.head.weight.shape)
+            self.head.weight = embedding_weight(backbone, self.head.weight.shape)
         self.nll = nn.ModuleDict({f"{stage}_nll": NegativeLogLikelihood() for stage in ("train", "val", "test")})
+        self.on_nonfinite_loss = on_nonfinite_loss
         self._state: dict[str, Any] = {}
+        self._skip = False
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Return the hidden vectors and the next state.
@@ -109,13 +119,18 @@ class LanguageModel(LightningModule):
         hidden, state = self(tokens, self._state.get(stage))
         # Truncated back-propagation through time: the next segment sees the state, not its gradient.
         self._state[stage] = apply_to_collection(state, Tensor, Tensor.detach)
-        return self.head.nll(hidden, target)
+        with loss_memory(self.head.vocab_size):
+            return self.head.nll(hidden, target)
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        before = self._state.get(stage)
         nll, count = self.token_nll(batch, stage), (batch[1] != IGNORE_INDEX).sum()
         if stage != "train":
             self._check_context(stage)
-        self._metric(stage).update(nll, count)
+        if stage == "train" and self.on_nonfinite_loss == "skip" and not nll.sum().isfinite():
+            self._state[stage] = before
+        else:
+            self._metric(stage).update(nll, count)
         return nll
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -123,6 +138,34 @@ class LanguageModel(LightningModule):
         loss = self._step(batch, "train").sum() / (batch[1] != IGNORE_INDEX).sum()
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=batch[1].numel())
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Look whether the loss is finite, in a subclass's ``training_step`` too, before it reaches the weights.
+
+        Raises:
+            NonFiniteLossError: It is not, and such a step is not to be skipped.
+        """
+        if loss.isfinite():
+            return
+        trainer = self.trainer
+        batch_idx, loader = trainer.fit_loop.epoch_loop.batch_idx, trainer.train_dataloader
+        place = loader.place(batch_idx) if isinstance(loader, Segments) else f"batch {batch_idx}"
+        error = non_finite_loss(loss, trainer.global_step, trainer.current_epoch, place)
+        if self.on_nonfinite_loss == "stop":
+            raise error
+        rank_zero_warn(f"skipped: {error}")
+        self._skip = True
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backpropagate; memory that does not suffice is an error that names the remedy."""
+        with loss_memory(self.head.vocab_size):
+            super().backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the weights alone, on all processes, where a loss of one of them was not finite."""
+        if self.on_nonfinite_loss == "skip" and self.trainer.strategy.reduce_boolean_decision(self._skip, all=False):
+            optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+            self._skip = False
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a segment to the validation sums."""
@@ -170,6 +213,23 @@ class LanguageModel(LightningModule):
         """AdamW at 1e-3; a recipe's ``optimizer`` and ``lr_scheduler`` replace it."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
+    def carried(self) -> dict[str, Any]:
+        """Return what this process carries from training step to training step beside the weights.
+
+        :class:`~lit_sigsoftmax.callbacks.LastCheckpoint` keeps it, for each process.
+
+        Returns:
+            The carried state and the sums of the epoch under way, on the CPU.
+        """
+        metric = self._metric("train")
+        state = apply_to_collection(self._state.get("train"), Tensor, Tensor.cpu)
+        return {"state": state, "nats": metric.nats.cpu(), "tokens": metric.tokens.cpu()}
+
+    def carry_on(self, carried: dict[str, Any]) -> None:
+        """Take up what :meth:`carried` returned."""
+        metric, carried = self._metric("train"), apply_to_collection(carried, Tensor, Tensor.to, self.device)
+        self._state["train"], metric.nats, metric.tokens = carried["state"], carried["nats"], carried["tokens"]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what the output layer is, so that it cannot come back as another one."""
         checkpoint["output_layer"] = self._output_layer()
@@ -178,7 +238,7 @@ class LanguageModel(LightningModule):
         """Refuse a checkpoint of another output layer.
 
         Raises:
-            ValueError: Activation, experts, sizes or tying differ from the checkpoint's.
+            CheckpointError: Activation, experts, sizes or tying differ from the checkpoint's.
         """
         # A subclass with its own on_save_checkpoint may leave the record out; the hyperparameters are always there.
         own, theirs = self._output_layer(), checkpoint.get("output_layer") or checkpoint.get("hyper_parameters", {})
@@ -188,7 +248,7 @@ class LanguageModel(LightningModule):
             if theirs.get(key) not in (None, value) and not (key == "activation" and vouched_for(theirs[key], value))
         ]
         if different:
-            raise ValueError(f"the checkpoint is of another output layer: {'; '.join(different)}")
+            raise CheckpointError(f"the checkpoint is of another output layer: {'; '.join(different)}")
 
     def _output_layer(self) -> dict[str, Any]:
         head = self.head
@@ -226,33 +286,12 @@ class LanguageModel(LightningModule):
 
     def _log_sums(self, stage: str) -> None:
         loss = self._metric(stage).compute()
+        if loss > math.log(self.head.vocab_size) + 1 and not self.trainer.sanity_checking:
+            rank_zero_warn(
+                f"{stage}/perplexity is {loss.exp():.4g}, far above the {self.head.vocab_size} of guessing any type "
+                "with the same probability: training has diverged; lower the learning rate, or set "
+                "trainer.gradient_clip_val"
+            )
         # Every rank has the same sums already; sync_dist only says so.
         self.log(f"{stage}/loss", loss, sync_dist=True)
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True, sync_dist=True)
-
-
-def _sizes(backbone: nn.Module, vocab_size: int | None) -> tuple[int, int]:
-    name = type(backbone).__name__
-    hidden_size = getattr(backbone, "hidden_size", None)
-    if hidden_size is None:
-        raise ValueError(f"{name} needs an attribute hidden_size, the size of the hidden vectors that it returns")
-    if vocab_size is None:
-        vocab_size = getattr(backbone, "vocab_size", None)
-    if vocab_size is None:
-        raise ValueError(f"the vocabulary size is unknown: give vocab_size, or {name} an attribute vocab_size")
-    return hidden_size, vocab_size
-
-
-def _embedding_weight(backbone: nn.Module, shape: torch.Size) -> nn.Parameter:
-    name, weight = type(backbone).__name__, getattr(getattr(backbone, "embedding", None), "weight", None)
-    if not isinstance(weight, nn.Parameter):
-        raise ValueError(
-            f"tie_weights needs {name}.embedding, an nn.Embedding whose weight the output layer shares: "
-            "name it so, or set tie_weights to false"
-        )
-    if weight.shape != shape:
-        raise ValueError(
-            f"tied weights differ in size: {name}.embedding is {tuple(weight.shape)}, the output layer "
-            f"(vocab_size, hidden_size) = {tuple(shape)}; make them equal, or set tie_weights to false"
-        )
-    return weight

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MLflowTracker", "default_tracking_uri", "flatten", "open_client", "sqlite_path", "store_root", "tracker_of"]
 
+_STATUS = {"failed": "FAILED", "killed": "KILLED"}
 _PATIENCE = 20.0  # seconds without progress after which the end of a run no longer waits for the store
 
 _log = logging.getLogger(__name__)
@@ -202,10 +203,13 @@ class MLflowTracker(Logger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Close the run as FINISHED, or as FAILED where training raised, and wait for the store, but not for long."""
+        """Close the run as FINISHED, as FAILED where training raised, or as KILLED where it was told to stop.
+
+        It waits for the store, but not for long.
+        """
         if self._spool is None:
             return
-        end = "FAILED" if status == "failed" else "FINISHED"
+        end = _STATUS.get(status, "FINISHED")
         self._append({"status": {"status": end, "time": int(time.time() * 1000)}})
         self._close()
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_sigsoftmax.callbacks import RunCheckpoint, RunRecorder, Throughput, TokenLosses
+from lit_sigsoftmax.callbacks import LastCheckpoint, RankWatch, RunCheckpoint, RunRecorder, Throughput, TokenLosses
+from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, verify
 from lit_sigsoftmax.data import CorpusDataModule
+from lit_sigsoftmax.faults import TrainingError
 from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.parser import Parser
+from lit_sigsoftmax.resume import in_folder, newest, run_folder, settings
 from lit_sigsoftmax.scoring import score_table
-from lit_sigsoftmax.store import TrackingError
+from lit_sigsoftmax.store import TrackingError, default_tracking_uri, without_password
 from lit_sigsoftmax.tracking import flatten, tracker_of
 from lit_sigsoftmax.views import comparison_url
 
@@ -29,11 +35,13 @@ __all__ = ["LanguageModelCLI", "recipe_path", "resolve_recipes", "run", "silence
 _RECIPES = "lit_sigsoftmax.recipes"
 _DESCRIPTION = """Output layers for language models, head to head. Further commands: compare trains several output
 layers over several seeds; report rebuilds its tables and figures; ui shows the runs in MLflow."""
+_CHOSEN = "LIT_SIGSOFTMAX_CKPT_PATH"  # for the processes that this one starts
 _KEYWORDS = ("best", "hpc", "registry")  # of Lightning
 _NOISE = (
     "LightningCLI's args parameter is intended",
     "`LanguageModel.configure_optimizers` will be overridden",  # by the recipe's optimizer, as it should
     "The dirpath has changed from",  # a checkpoint of another run is tested in a run of its own
+    "Checkpoint directory .* exists and is not empty",  # a run that goes on
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
 )
 
@@ -47,6 +55,8 @@ class LanguageModelCLI(LightningCLI):
         run: Whether the subcommand is run, or the objects are only made.
     """
 
+    _settings: Mapping[str, str] = MappingProxyType({})
+
     def __init__(self, args: Sequence[str] | None = None, callbacks: Sequence[Callback] = (), run: bool = True) -> None:
         super().__init__(
             LanguageModel,
@@ -59,7 +69,7 @@ class LanguageModelCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "logger": {"class_path": "lit_sigsoftmax.tracking.MLflowTracker"},
-                "callbacks": [Throughput(), TokenLosses(), *callbacks],
+                "callbacks": [Throughput(), TokenLosses(), RankWatch(), *callbacks],
                 "use_distributed_sampler": False,  # the datamodule shards the streams
                 "enable_autolog_hparams": False,  # RunRecorder logs the whole configuration
             },
@@ -71,6 +81,8 @@ class LanguageModelCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint callback, and let the data say how many types there are."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.link_arguments("checkpoint.dirpath", "last_checkpoint.dirpath")
         backbone = {"class_path": "lit_sigsoftmax.backbones.RecurrentBackbone"}
         parser.set_defaults(
             {"model": {"class_path": "lit_sigsoftmax.LanguageModel", "init_args": {"backbone": backbone}}}
@@ -90,11 +102,14 @@ class LanguageModelCLI(LightningCLI):
             self.parser.error(f"{error}{_place(error)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with a second checkpoint callback for the last state."""
-        best = self._get(self.config, "checkpoint")
-        last = RunCheckpoint(best.dirpath, "last", monitor=None, every_n_epochs=best.every_n_epochs)
-        self.trainer_defaults["callbacks"] = [*self.trainer_defaults["callbacks"], last]
-        return super().instantiate_trainer(**kwargs)
+        """Make the trainer, with checkpoint files that survive a crash."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.settings = dict(self._settings)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Name the run after what it compares."""
@@ -120,12 +135,42 @@ class LanguageModelCLI(LightningCLI):
                 rank_zero_warn(f"model.{key} is {value!r} as in the checkpoint, not {before[key]!r} as configured")
 
     def _find_checkpoint(self) -> None:
-        command = self.config.get("subcommand")
-        path = self.config[command].get("ckpt_path") if command else None
-        if path == "last":  # Lightning would look in the folder of this run, which is new, and start afresh
-            self.parser.error("ckpt_path needs the path of a checkpoint: a run's tag checkpoint.last in MLflow says it")
-        if path and not (path in _KEYWORDS or "://" in path or Path(path).is_file()):
+        if not (command := self.config.get("subcommand")):
+            return
+        config = self.config[command]
+        path, self._settings = config.get("ckpt_path"), settings(config.as_dict())
+        try:
+            if command == "fit" and path in (None, "last"):
+                self._find_last(config)
+            elif path == "last":
+                self.parser.error("last is for fit: give the path of a checkpoint, a run's tag checkpoint.last says it")
+            elif path and path not in _KEYWORDS and "://" not in path:
+                verify(path)
+        except FileNotFoundError:
             self.parser.error(f"no checkpoint at {path}: give the path of a .ckpt file with ckpt_path")
+        except (CheckpointError, OSError) as error:
+            self.parser.error(str(error))
+
+    def _find_last(self, config: Any) -> None:
+        tracker = _tracker_arguments(config)
+        parent, _, chosen = os.environ.get(_CHOSEN, "").partition(" ")
+        if parent == str(os.getppid()):  # one that has chosen for the processes that it starts, such as this
+            config["ckpt_path"] = chosen or None
+            return
+        uri = (tracker or {}).get("tracking_uri") or default_tracking_uri()
+        run_id, own, found = (tracker or {}).get("run_id"), self._settings, None
+        if folder := config["checkpoint.dirpath"] or (run_id and run_folder(uri, run_id)):
+            found = in_folder(Path(folder), own)
+            if found is None and config["ckpt_path"] and not run_id:
+                self.parser.error(
+                    f"no checkpoint to go on from in {folder}: leave out ckpt_path to start from the beginning"
+                )
+        elif config["ckpt_path"]:
+            found = newest(uri, own, check_running=getattr(rank_zero_only, "rank", 0) == 0)
+        config["ckpt_path"] = str(found.path) if found else None
+        os.environ[_CHOSEN] = f"{os.getpid()} {config['ckpt_path'] or ''}"
+        if found and tracker is not None and found.run_id:
+            tracker["run_id"] = found.run_id
 
     def _model_config(self) -> dict[str, object]:
         command = self.config.get("subcommand")
@@ -160,10 +205,19 @@ class LanguageModelCLI(LightningCLI):
     @rank_zero_only
     def _say_where(self) -> None:
         if tracker := tracker_of(self.trainer):
-            print(f"Run {tracker.run_name!r}: {tracker.run_id} in {tracker.tracking_uri}")
+            print(f"Run {tracker.run_name!r}: {tracker.run_id} in {without_password(tracker.tracking_uri)}")
             if tracker.experiment_id:
                 print(f"Compare: {comparison_url(tracker.tracking_uri, tracker.experiment_id)}")
             tracker.finalize()
+
+
+def _tracker_arguments(config: Any) -> Any:
+    # What makes the MLflowTracker, where there is one; a logger may also be True, False or one of several.
+    loggers = config["trainer"].get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if "run_id" in (getattr(logger, "init_args", None) or {}):
+            return logger.init_args
+    return None
 
 
 def _place(error: BaseException) -> str:
@@ -191,9 +245,12 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     silence_noise()
     try:
         LanguageModelCLI(resolve_recipes(words), callbacks)
-    except TrackingError as error:
+    except (CheckpointError, TrackingError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (TrainingError, CheckpointWriteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def silence_noise() -> None:

@@ -515,7 +515,8 @@ def test_hyperparameters_are_plain_data(kind):
         model = build(activation=custom_activations()[kind])
     for hparams in (model.hparams, model.hparams_initial):
         assert hparams["activation"] == model.head.activation_spec
-        assert set(hparams) == {"vocab_size", "activation", "n_experts", "tie_weights", "bias", "loss_backend"}
+        plain = {"vocab_size", "activation", "n_experts", "tie_weights", "bias", "loss_backend", "on_nonfinite_loss"}
+        assert set(hparams) == plain
 
 
 def test_checkpoint_is_data(trained):

@@ -50,6 +50,14 @@ class RunRecorder(SaveConfigCallback):
             tracker.log_tags({"loss_backend": pl_module.head.loss_backend})
         _log_corpus(tracker, trainer.datamodule)  # type: ignore[attr-defined]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation perplexity so far."""
+        return {"best_perplexity": self.best_perplexity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best validation perplexity so far."""
+        self.best_perplexity = state_dict["best_perplexity"]
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the best validation perplexity."""
         if not trainer.sanity_checking and "val/perplexity" in trainer.callback_metrics:

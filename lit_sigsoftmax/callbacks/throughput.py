@@ -18,6 +18,18 @@ class Throughput(Callback):
         self.tokens = 0
         self._start = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted of the epoch."""
+        return {"seconds": self.seconds, "tokens": self.tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of an epoch that goes on."""
+        self._start = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.seconds, self.tokens, self._start = 0.0, 0, time.perf_counter()

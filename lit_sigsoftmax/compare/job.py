@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback
 
-from lit_sigsoftmax.tracking import open_client, store_root
+from lit_sigsoftmax.checkpoints import readable_last
+from lit_sigsoftmax.resume import run_folder
+from lit_sigsoftmax.tracking import open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,9 +94,8 @@ def _continue(client: MlflowClient, job: Job, runs: Sequence[Any]) -> list[str]:
     # draw its curves over those of the first.
     arguments: list[str] = []
     for run in runs:
-        last = store_root(job.tracking_uri) / "checkpoints" / run.info.run_id / "last.ckpt"
-        if last.exists() and not arguments:
-            arguments = [f"--ckpt_path={last}", f"{_LOGGER}run_id={run.info.run_id}"]
+        if readable_last(run_folder(job.tracking_uri, run.info.run_id)) and not arguments:
+            arguments = ["--ckpt_path=last", f"{_LOGGER}run_id={run.info.run_id}"]
         else:
             client.delete_run(run.info.run_id)
     return arguments

@@ -1,12 +1,16 @@
 """CorpusDataModule: a corpus as sharded streams of segments, whatever the corpus."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from lit_sigsoftmax.checkpoints import CheckpointError
 from lit_sigsoftmax.data.corpus import Corpus, load_text_corpus
 from lit_sigsoftmax.data.streams import Segments, eval_streams, shard, train_streams
 
@@ -86,6 +90,30 @@ class CorpusDataModule(LightningDataModule, ABC):
         shard(train_streams(corpus.train, self.batch_size, eos_id), 0, world_size, exact=False)
         eval_streams(corpus.valid, self.eval_batch_size, eos_id)
         eval_streams(corpus.test, self.test_batch_size, eos_id)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What corpus a checkpoint is of."""
+        tokens = json.dumps(self.corpus.vocabulary.tokens).encode()
+        vocabulary = hashlib.blake2b(tokens, digest_size=16).hexdigest()
+        return {"name": self.name, "fingerprint": self.corpus.fingerprint, "vocabulary": vocabulary}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another vocabulary; to continue training, of another text.
+
+        Raises:
+            CheckpointError: The checkpoint is of another one.
+        """
+        own = self.state_dict()
+        if state_dict["vocabulary"] != own["vocabulary"]:
+            raise CheckpointError(
+                f"the checkpoint is of another vocabulary: it was trained on {state_dict['name']!r}, whose types are "
+                f"not the {self.vocab_size} of {self.name!r} here, or not in this order"
+            )
+        if self.trainer and self.trainer.training and state_dict["fingerprint"] != own["fingerprint"]:
+            raise CheckpointError(
+                f"the checkpoint is of another text: {state_dict['name']!r} with fingerprint "
+                f"{state_dict['fingerprint']}, here {self.name!r} with {own['fingerprint']}; continue on the same data"
+            )
 
     def train_dataloader(self) -> Segments:
         """This rank's training streams."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_sigsoftmax.checkpoints import CheckpointError
 from lit_sigsoftmax.functional import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX", "Segments", "eval_streams", "shard", "train_streams"]
@@ -155,6 +156,12 @@ class Segments:
         target[:, : begin - window.start] = IGNORE_INDEX
         return self.input[:, window].to(torch.int64, copy=True), target
 
+    def place(self, index: int) -> str:
+        """Say where a segment is in the text, for messages."""
+        begin, length = index * self.bptt, self.input.shape[1]
+        end = min(begin + self.bptt, length)
+        return f"segment {index} of {len(self)}, tokens {begin} to {end - 1} of the {length} of every stream"
+
     def state_dict(self) -> dict[str, Any]:
         """The number of segments given out in this epoch, and that of all."""
         return {"position": self._position, "n_segments": len(self)}
@@ -163,13 +170,13 @@ class Segments:
         """Go on after the segments already given out; from the start if that was a whole epoch.
 
         Raises:
-            ValueError: If the position lies within an epoch of another number of segments.
+            CheckpointError: If the position lies within an epoch of another number of segments.
         """
         position, n_segments = state["position"], state["n_segments"]
         if position >= n_segments:
             position = 0
         if position and n_segments != len(self):
-            raise ValueError(
+            raise CheckpointError(
                 f"the checkpoint was written after segment {position} of {n_segments}, but the training data now has "
                 f"{len(self)} segments: resume with the same corpus, data.batch_size and data.bptt"
             )
