@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback
 
-from lit_sigsoftmax.checkpoints import readable_last
+from lit_sigsoftmax.checkpoints import CheckpointError, readable_last
 from lit_sigsoftmax.resume import run_folder
 from lit_sigsoftmax.tracking import open_client
 
@@ -94,8 +94,16 @@ def _continue(client: MlflowClient, job: Job, runs: Sequence[Any]) -> list[str]:
     # draw its curves over those of the first.
     arguments: list[str] = []
     for run in runs:
-        if readable_last(run_folder(job.tracking_uri, run.info.run_id)) and not arguments:
+        if not arguments and _can_go_on(job, run.info.run_id):
             arguments = ["--ckpt_path=last", f"{_LOGGER}run_id={run.info.run_id}"]
         else:
             client.delete_run(run.info.run_id)
     return arguments
+
+
+def _can_go_on(job: Job, run_id: str) -> bool:
+    try:
+        return readable_last(run_folder(job.tracking_uri, run_id)) is not None
+    except CheckpointError as error:
+        print(f"{job.name} starts again: {error}", file=sys.stderr)
+        return False
