@@ -1,0 +1,220 @@
+"""The losses that ``loss.py`` compares, each as a step of training or evaluation on the same tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_sigsoftmax import OutputHead
+from lit_sigsoftmax.activations import ActivationSpec, available_activations
+from lit_sigsoftmax.functional import linear_cross_entropy
+from lit_sigsoftmax.losses import compiled, gemm
+
+__all__ = ["Candidate", "Inputs", "Size", "Step", "candidates", "inputs_of", "products"]
+
+Step = Callable[[], Sequence[Tensor]]
+"""Runs once and returns the gradients."""
+
+_Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Size(NamedTuple):
+    """The size of an output layer: N tokens, d, V and K."""
+
+    tokens: int
+    hidden_size: int
+    vocab_size: int
+    n_experts: int = 1
+
+    @property
+    def logits(self) -> int:
+        """How many logits there are."""
+        return self.tokens * self.n_experts * self.vocab_size
+
+    def __str__(self) -> str:
+        experts = f", K={self.n_experts}" if self.n_experts > 1 else ""
+        return f"N={self.tokens:,}, d={self.hidden_size:,}, V={self.vocab_size:,}{experts}"
+
+
+class Inputs(NamedTuple):
+    """Hidden vectors (N, d), weight (V, d), targets (N,)."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    size: Size
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a loss.
+
+    Attributes:
+        name: As in the table.
+        baseline: Name of what its time is compared with.
+        make: From the inputs to a step.
+        peer: Name of another one that its time is compared with.
+    """
+
+    name: str
+    baseline: str
+    make: Callable[[Inputs], Step]
+    peer: str | None = None
+
+
+def inputs_of(size: Size, device: torch.device) -> Inputs:
+    """Draw float32 inputs whose logits have a standard deviation of 2."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    hidden, weight = draw(size.tokens, size.hidden_size), draw(size.vocab_size, size.hidden_size)
+    weight.mul_(2 / size.hidden_size**0.5)
+    target = torch.randint(size.vocab_size, (size.tokens,), generator=generator, device=device)
+    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), target, size)
+
+
+def candidates(size: Size, device: torch.device) -> list[Candidate]:
+    """Return what is to be compared at a size."""
+    if size.n_experts > 1:
+        return _mixtures(device)
+    found = [Candidate("stock softmax", "stock softmax", _training(_stock))]
+    if torchs := _torchs_chunked():
+        found.append(Candidate("torch's chunked softmax", "stock softmax", _training(torchs)))
+    naive = functools.partial(linear_cross_entropy, activation="sigsoftmax", backend="reference")
+    found.append(Candidate("naive sigsoftmax", "stock softmax", _training(naive)))
+    for name in available_activations():
+        step = _training(functools.partial(linear_cross_entropy, activation=name))
+        found += _both(name, "stock softmax", step, device, "sigsoftmax")
+    users = functools.partial(linear_cross_entropy, activation=lambda z: z + F.logsigmoid(z))
+    found.append(Candidate("a lambda, sigsoftmax's", "stock softmax", _training(users), "sigsoftmax"))
+    sigsoftmax = functools.partial(linear_cross_entropy, activation="sigsoftmax")
+    bfloat16 = functools.partial(torch.autocast, device.type, torch.bfloat16)
+    for kind, of in (("bfloat16", functools.partial(_training, context=bfloat16)), ("evaluation", _evaluation)):
+        baseline = f"{kind}: stock softmax"
+        found.append(Candidate(baseline, baseline, of(_stock)))
+        found += _both(f"{kind}: sigsoftmax", baseline, of(sigsoftmax), device)
+    return found + (_public_kernels(bfloat16) if device.type == "cuda" else [])
+
+
+def products(inputs: Inputs) -> dict[str, dict[str, Step]]:
+    """The three products that every loss takes, over all rows at once, by each library of the machine."""
+    weight = inputs.weight.detach()
+    rows = inputs.hidden.detach().repeat_interleave(inputs.size.n_experts, 0)
+    logits = F.linear(rows, weight)
+    out, of_rows, of_weight = torch.empty_like(logits), torch.empty_like(rows), torch.empty_like(weight)
+    found: dict[str, dict[str, Step]] = {
+        "logits": {"torch": lambda: [torch.mm(rows, weight.t(), out=out)]},
+        "of hidden": {"torch": lambda: [torch.mm(logits, weight, out=of_rows)]},
+        "of weight": {"torch": lambda: [torch.mm(logits.t(), rows, out=of_weight)]},
+    }
+    if rows.device.type == "cpu" and gemm._onednn_works():
+        found["logits"]["onednn"] = lambda: [gemm._onednn(rows, weight, None)]
+        found["of hidden"]["onednn"] = lambda: [gemm._onednn(logits, weight.t(), None)]
+        found["of weight"]["onednn"] = lambda: [gemm._onednn(logits.t(), rows.t(), None)]
+    return found
+
+
+def _stock(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def _training(
+    loss: _Loss, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Callable[[Inputs], Step]:
+    def make(inputs: Inputs) -> Step:
+        def step() -> Sequence[Tensor]:
+            with context():
+                nats = loss(inputs.hidden, inputs.weight, inputs.target)
+            return torch.autograd.grad(nats, (inputs.hidden, inputs.weight))
+
+        return step
+
+    return make
+
+
+def _evaluation(loss: _Loss) -> Callable[[Inputs], Step]:
+    def make(inputs: Inputs) -> Step:
+        def step() -> Sequence[Tensor]:
+            with torch.no_grad():
+                loss(inputs.hidden, inputs.weight, inputs.target)
+            return ()
+
+        return step
+
+    return make
+
+
+def _mixture(activation: ActivationSpec, naive: bool = False) -> Callable[[Inputs], Step]:
+    def make(inputs: Inputs) -> Step:
+        size = inputs.size
+        head = OutputHead(size.hidden_size, size.vocab_size, activation, size.n_experts, bias=False)
+        head.to(inputs.hidden.device).weight = nn.Parameter(inputs.weight.detach())
+
+        def step() -> Sequence[Tensor]:
+            if naive:
+                nll = -head.log_prob(inputs.hidden).gather(-1, inputs.target.unsqueeze(-1))
+            else:
+                nll = head.nll(inputs.hidden, inputs.target)
+            return torch.autograd.grad(nll.mean(), (inputs.hidden, *head.parameters()))
+
+        return step
+
+    return make
+
+
+def _mixtures(device: torch.device) -> list[Candidate]:
+    baseline = "naive mixture of sigsoftmaxes"
+    found = [Candidate(baseline, baseline, _mixture("sigsoftmax", naive=True))]
+    for name in available_activations():
+        found += _both(f"mixture, {name}", baseline, _mixture(name), device, "mixture, sigsoftmax")
+    return found
+
+
+def _both(
+    name: str, baseline: str, make: Callable[[Inputs], Step], device: torch.device, peer: str | None = None
+) -> list[Candidate]:
+    """A candidate with the compiled pass, where the machine has it, and as on a machine without a compiler."""
+
+    def without(inputs: Inputs) -> Step:
+        step = make(inputs)
+
+        def alone() -> Sequence[Tensor]:
+            with mock.patch.object(compiled, "_library", return_value=None):
+                return step()
+
+        return alone
+
+    found = [Candidate(name, baseline, make, peer)]
+    if device.type == "cpu":
+        found.append(Candidate(f"{name}, no compiler", baseline, without, peer and f"{peer}, no compiler"))
+    return found
+
+
+def _torchs_chunked() -> _Loss | None:
+    if not hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        return None
+    return functools.partial(F.linear_cross_entropy, options=nn.LinearCrossEntropyOptions())
+
+
+def _public_kernels(bfloat16: Callable[[], AbstractContextManager[Any]]) -> list[Candidate]:
+    found, baseline = [], "bfloat16: stock softmax"
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        loss: _Loss = lambda hidden, weight, target: liger(weight, hidden, target)  # noqa: E731
+        found.append(Candidate("Liger Kernel, softmax", "stock softmax", _training(loss)))
+        found.append(Candidate("bfloat16: Liger Kernel, softmax", baseline, _training(loss, bfloat16)))
+    if find_spec("cut_cross_entropy"):  # 16 bits only
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        found.append(Candidate("bfloat16: Cut Cross-Entropy, softmax", baseline, _training(cut, bfloat16)))
+    return found

@@ -1,0 +1,152 @@
+"""Time and memory of the fused loss against PyTorch's, forward and backward, all candidates alternating in one process.
+
+    python benchmarks/loss.py --json loss.json
+    python benchmarks/loss.py --sizes 1400,400,10000 840,280,10000,15 --only "sigsoftmax"
+
+A size is N,d,V or, for a mixture, N,d,V,K. Times are medians over rounds with the quartiles of the ratios; the floor is
+the time of the three matrix products alone, each by the faster library. Extra memory is the peak beyond inputs and
+gradients, of a fresh process each time, also as a share of the float32 logits (N x K x V). README.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from candidates import Candidate, Inputs, Size, Step, candidates, inputs_of, products
+from measure import Quartiles, alternate, extra_memory, in_child, machine, quartiles, ratios, table
+
+from lit_sigsoftmax.losses import compiled
+
+SIZES = [
+    Size(700, 200, 10_000),
+    Size(1400, 400, 10_000),
+    Size(1400, 400, 33_278),
+    Size(2048, 768, 50_257),
+    Size(840, 280, 10_000, 15),
+]
+_HEADER = ["", "ms", "of its baseline", "of sigsoftmax", "of the floor", "extra MB", "of the logits"]
+
+
+def main() -> None:
+    options = _options()
+    device, threads = torch.device(options.device), options.threads
+    chosen = {size: _choose(candidates(size, device), options.only) for size in options.sizes}
+    # Memory first: its processes are forks of this one, which must not have started threads.
+    memory = {
+        size: {c.name: [_memory(c, size, device, threads) for _ in range(options.memory_repeats)] for c in chosen[size]}
+        for size in options.sizes
+    }
+    torch.set_num_threads(threads)
+    facts = {**machine(device), "compiled_pass": compiled.available()}
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    results = []
+    for size in options.sizes:
+        results.append(_result(size, chosen[size], memory[size], options.repeats, device))
+        print(f"\n### {size}\n\n{_table(results[-1])}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": facts, "results": results}, indent=1))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=_size, nargs="+", default=SIZES, metavar="N,d,V[,K]")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of timing; 0 for none")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="processes for each candidate; 0 for none")
+    parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="candidates beside the baselines")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where every measurement is written")
+    return parser.parse_args()
+
+
+def _size(text: str) -> Size:
+    numbers = [int(number) for number in text.split(",")] if re.fullmatch(r"[\d,]+", text) else []
+    if len(numbers) not in (3, 4) or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"a size is N,d,V or N,d,V,K, all positive, not {text!r}")
+    return Size(*numbers)
+
+
+def _choose(known: list[Candidate], only: re.Pattern[str] | str) -> list[Candidate]:
+    wanted = [c for c in known if re.search(only, c.name)]
+    needed = {name for c in wanted for name in (c.name, c.baseline, c.peer)}
+    return [c for c in known if c.name in needed]
+
+
+def _memory(candidate: Candidate, size: Size, device: torch.device, threads: int) -> int | None:
+    def measured() -> int | None:
+        torch.set_num_threads(threads)
+        return extra_memory(candidate.make(inputs_of(size, device)), device)
+
+    return measured() if device.type == "cuda" else in_child(measured)
+
+
+def _result(
+    size: Size, chosen: list[Candidate], memory: dict[str, list[int | None]], repeats: int, device: torch.device
+) -> dict[str, Any]:
+    inputs = inputs_of(size, device)
+    seconds = _times(inputs, chosen, repeats, device) if repeats else {}
+    return {
+        "size": size._asdict(),
+        "floor_seconds": seconds.get("floor"),
+        "candidates": [
+            {
+                "name": c.name,
+                "baseline": c.baseline,
+                "peer": c.peer,
+                "seconds": seconds.get(c.name),
+                "extra_bytes": memory[c.name],
+                "ratios": {
+                    other: ratios(seconds[c.name], seconds[other])._asdict()
+                    for other in filter(None, (c.baseline, c.peer, "floor"))
+                    if repeats
+                },
+            }
+            for c in chosen
+        ],
+    }
+
+
+def _times(inputs: Inputs, chosen: list[Candidate], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    by_library = products(inputs)
+    steps: dict[str, Step] = {c.name: c.make(inputs) for c in chosen}
+    steps |= {f"{product} {library}": step for product, of in by_library.items() for library, step in of.items()}
+    seconds = alternate(steps, repeats, device)
+    fastest = [
+        min((seconds.pop(f"{product} {library}") for library in of), key=lambda found: quartiles(found).median)
+        for product, of in by_library.items()
+    ]
+    return seconds | {"floor": [sum(of_round) for of_round in zip(*fastest, strict=True)]}
+
+
+def _table(result: dict[str, Any]) -> str:
+    logit_bytes = 4 * Size(**result["size"]).logits
+    rows = []
+    for c in result["candidates"]:
+        times = ["", "", "", ""]
+        if c["seconds"]:
+            floor = "" if c["name"].startswith("evaluation") else "floor"  # of forward and backward
+            relative = [c["ratios"].get(other) for other in (c["baseline"], c["peer"], floor)]
+            times = [f"{1000 * quartiles(c['seconds']).median:.1f}"]
+            times += [f"{Quartiles(**ratio):.2f}" if ratio else "" for ratio in relative]
+        rows.append([c["name"], *times, *_memory_cells(c["extra_bytes"], logit_bytes)])
+    if result["floor_seconds"]:
+        rows.append(["floor: three products", f"{1000 * quartiles(result['floor_seconds']).median:.1f}", *[""] * 5])
+    return table(_HEADER, rows)
+
+
+def _memory_cells(measured: list[int | None], logit_bytes: int) -> list[str]:
+    known = [size for size in measured if size is not None]
+    if not known:
+        return ["", ""]
+    found = quartiles(known)
+    spread = (max(known) - min(known)) / 2e6
+    return [f"{found.median / 1e6:.1f} ± {spread:.1f}", f"1/{logit_bytes / max(1.0, found.median):.1f}"]
+
+
+if __name__ == "__main__":
+    main()
