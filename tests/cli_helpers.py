@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,12 +108,17 @@ def write_text_corpus(folder, train="train.txt", valid="valid.txt", test="test.t
 
 def check_command(line, monkeypatch, capsys):
     """Parse a command line of the documentation as the program does, and run nothing; returns its configurations."""
-    program, command, *arguments = line.split()
+    program, command, *arguments = shlex.split(line)
     assert program == "lit-sigsoftmax"
     if command == "ui":
         with pytest.raises(SystemExit) as exit_:
             main(["ui", *arguments, "--help"])
         assert exit_.value.code == 0, capsys.readouterr().err
+        return []
+    if command == "report":
+        with pytest.raises(SystemExit):
+            main(["report", *arguments])
+        assert "no tracking store" in capsys.readouterr().err  # it came as far as looking for it
         return []
     if command != "compare":
         return [printed_config(capsys, command, *arguments)[0]]

@@ -49,7 +49,7 @@ def test_the_first_command_compares(tmp_path, monkeypatch, capsys):
 
 def test_there_are_commands_of_every_kind():
     kinds = {command.split()[1] for _, command in COMMANDS}
-    assert kinds == {"fit", "test", "compare", "ui"}
+    assert kinds == {"fit", "test", "compare", "report", "ui"}
     assert len(commands(CHECKOUT / "README.md")) >= 7
 
 
