@@ -89,6 +89,8 @@ def test_candidates_of_one_distribution_have_the_same_gradients(n_experts, scrip
 
     inputs, found = inputs_of(Size(30, 6, 40, n_experts), CPU), {}
     for candidate in candidates(inputs.size, CPU):
+        if candidate.name == "three products in chunks":  # of no loss
+            continue
         torch.manual_seed(0)
         gradients = candidate.make(inputs)()
         assert bool(gradients) != candidate.name.startswith("evaluation")

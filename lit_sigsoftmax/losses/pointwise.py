@@ -174,7 +174,7 @@ def _sigsoftmax(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tenso
 
 
 def _sigmoid(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    slope = torch.sigmoid(-z)
+    slope = z.neg().sigmoid_()
     z.sigmoid_()
     total, of_target = z.sum(-1, keepdim=True), z.gather(-1, index)
     if gradient:
@@ -184,7 +184,7 @@ def _sigmoid(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, 
 
 def _relu(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     z.relu_()
-    total, of_target = (z + 1e-8).sum(-1, keepdim=True), z.gather(-1, index) + 1e-8
+    total, of_target = z.sum(-1, keepdim=True) + 1e-8 * z.shape[-1], z.gather(-1, index) + 1e-8
     if gradient:  # g times its logarithm's derivative is 1 where z is positive
         z.sign_().scatter_add_(-1, index, -total * z.gather(-1, index) / of_target)
     return total, of_target, 1 / total
