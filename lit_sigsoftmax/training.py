@@ -251,6 +251,8 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     except (TrainingError, CheckpointWriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        os.environ.pop(_CHOSEN, None)  # what this process starts from here on is another run
 
 
 def silence_noise() -> None:

@@ -402,7 +402,10 @@ def test_everything_that_a_command_writes_is_in_mlruns(own):
     assert {path.name for path in store.folder.iterdir()} - {"__pycache__"} == {"my_model.py", "mlruns"}
     runs = {run.info.run_id for run in store.runs()}
     mlruns = store.folder / "mlruns"
-    assert {path.name for path in mlruns.iterdir()} == {"mlflow.db", "mlflow.db.lock", "artifacts", "checkpoints"}
+    assert {path.name for path in mlruns.iterdir()} == {
+        *("mlflow.db", "mlflow.db.lock", "artifacts", "checkpoints", "spool")
+    }
+    assert list((mlruns / "spool").iterdir()) == []  # the store has everything
     assert {path.name for path in (mlruns / "artifacts").iterdir()} == runs
     assert all((mlruns / "artifacts" / run / "artifacts" / "config.yaml").is_file() for run in runs)
     assert {path.name for path in (mlruns / "checkpoints").iterdir()} < runs

@@ -150,7 +150,7 @@ def test_each_run_leaves_a_log_and_nothing_is_written_outside_mlruns(study):
     assert all(f"Run '{name}'" in text for name, text in logs.items())
     assert {path.name for path in store.folder.iterdir()} == {"mlruns"}
     assert {path.name for path in (store.folder / "mlruns").iterdir()} == {
-        *("mlflow.db", "mlflow.db.lock", "artifacts", "checkpoints", "logs", "reports")
+        *("mlflow.db", "mlflow.db.lock", "artifacts", "checkpoints", "logs", "reports", "spool")
     }
 
 

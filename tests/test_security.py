@@ -1,5 +1,6 @@
 """What comes from outside is data: it runs nothing, and reaches nothing that it should not."""
 
+import html
 import json
 import pickle
 import zipfile
@@ -174,11 +175,11 @@ def test_a_spool_holds_no_password_and_is_for_its_owner(store, monkeypatch):
     assert [path for path in spool.rglob("*") if path.is_file() and b"secret" in path.read_bytes()] == []
 
 
-def test_what_a_store_says_of_a_run_is_data(store, trap):
-    """Tags and parameters that look like code or markup go through the table as they are."""
-    from lit_sigsoftmax.compare.table import collect, markdown, study_runs
-
-    name = "__import__('os').system('touch sprung')"
+@pytest.mark.parametrize(
+    "name", ["__import__('os').system('touch sprung')", "<script>sprung()</script>", "{{ 7 * 6 }}"]
+)
+def test_what_a_store_says_of_a_run_is_data(name, store, trap, capsys):
+    """Tags and parameters that look like code or markup go through table and page as they are."""
     run = MLflowTracker(
         store.uri,
         experiment_name="e",
@@ -189,5 +190,8 @@ def test_what_a_store_says_of_a_run_is_data(store, trap):
     run.log_hyperparams({"parameters": 3})
     run.log_metrics({"val/best_perplexity": 1.0, "test/perplexity": 2.0, "train/tokens_per_second": 3.0}, step=0)
     run.finalize()
-    assert name in markdown(collect(study_runs(store.client, "s")))
+    main(["report", "--study", "s", "--tracking_uri", store.uri])
+    page = Path("mlruns", "reports", "s", "report.html").read_text()
+    assert html.escape(name, quote=True).replace("&#x27;", "&#39;") in page
+    assert "<script>sprung" not in page
     assert not Path("sprung").exists()
