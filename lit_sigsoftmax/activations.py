@@ -64,7 +64,7 @@ def register_activation(name: str, derivative: Activation | None = None) -> Call
     Args:
         name: The name that recipes and the command line use.
         derivative: From logits to ``d log_g / dz``, elementwise. It spares the fused loss the graph of ``log_g``; a
-            function without one, and any ``nn.Module``, is differentiated by autograd.
+            function without one, and any ``nn.Module``, is differentiated by autograd, and so are the tensors it holds.
 
     Raises:
         ValueError: The name is taken.

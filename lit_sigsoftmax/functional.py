@@ -129,8 +129,9 @@ def linear_cross_entropy(
             ``"auto"`` is the fastest that serves.
 
     Returns:
-        Nats; float32 for half-precision input. Differentiable in hidden, weight, bias and in the parameters of the
-        activation.
+        Nats; float32 for half-precision input. Differentiable in hidden, weight, bias, log_prior and in the parameters
+        of the activation. The chunked backend has the gradients of the mean ready: a derivative that weighs tokens
+        unequally, or a second backward pass, costs it the whole computation again.
 
     Raises:
         ValueError: Shapes do not fit, ``reduction`` or ``backend`` is unknown, or a mixture has a penalty.
@@ -156,6 +157,8 @@ def linear_cross_entropy(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
+    if target.dtype != torch.int64 or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"target is int64 and label_smoothing is in [0, 1], not {target.dtype} and {label_smoothing}")
     log_g = get_activation(activation)
     name = resolve_backend(backend, hidden, weight, bias, log_g, penalized=bool(label_smoothing or z_loss))
     loss = BACKENDS[name](

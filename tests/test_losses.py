@@ -335,7 +335,89 @@ def test_transforms_are_refused():
             transform(lambda w: linear_cross_entropy(hidden, w, target, bias, backend="chunked"))(weight)
 
 
+@pytest.mark.parametrize("wrong", [-1, VOCAB])
+@pytest.mark.parametrize("make", [layer, mixture])
+def test_a_target_out_of_bounds_is_an_error(make, wrong, way):
+    inputs, target = make(torch.float32)
+    target[5] = wrong
+    for backend in ("chunked", "reference"):
+        with pytest.raises(IndexError, match=f"{wrong} is out of bounds"):
+            loss_and_gradients(inputs, target, backend, activation="sigsoftmax")
+
+
+def test_targets_and_smoothing_are_checked():
+    (hidden, weight, bias), target = layer()
+    with pytest.raises(ValueError, match="int64"):
+        linear_cross_entropy(hidden, weight, target.int(), bias)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        linear_cross_entropy(hidden, weight, target, bias, label_smoothing=1.5)
+
+
 # What goes on around it
+
+
+@pytest.mark.parametrize("make", [layer, mixture])
+def test_a_masked_token_and_an_ignored_target(make, way):
+    """Whatever an ignored token's own loss is, it reaches no gradient."""
+    inputs, target = make(torch.float32)
+    with torch.no_grad():
+        inputs[2][0] = -torch.inf
+    target[target == 0] = 1
+    check(inputs, target, activation="sigsoftmax")
+
+
+@pytest.mark.parametrize("make", [layer, mixture])
+def test_no_target_counts(make):
+    inputs, target = make()
+    loss, gradients = loss_and_gradients(inputs, torch.full_like(target, -100), "chunked", activation="sigsoftmax")
+    assert not loss.any()
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_loss_scaler_comes_in_time_for_float16():
+    """Derivatives of 1e-8 and below vanish in float16 unless they are scaled before they are rounded."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(500, 8, generator=generator), 0.1 * torch.randn(3000, 8, generator=generator)
+    target, scale = torch.randint(3000, (500,), generator=generator), 2.0**16
+    weight.requires_grad_()
+    (exact,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, backend="reference"), weight)
+    found = []
+    for backend in ("chunked", "reference"):
+        with torch.autocast("cpu", torch.float16):
+            loss = linear_cross_entropy(hidden, weight, target, backend=backend)
+        found.append(torch.autograd.grad(loss * scale, weight)[0] / scale)
+    ours, naive = ((gradient - exact).abs().mean() / exact.abs().mean() for gradient in found)
+    assert ours <= naive + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_strides(dtype, way):
+    (hidden, weight, bias), target = layer(dtype)
+    wide = [torch.stack([x.detach(), -x.detach()], dim=-1)[..., 0].requires_grad_() for x in (hidden, weight, bias)]
+    assert not any(x.is_contiguous() for x in wide)
+    narrow = [x.detach().clone().contiguous().requires_grad_() for x in wide]
+    spread = target.repeat_interleave(2)[::2]
+    for found, expected in zip(
+        loss_and_gradients(wide, spread, "chunked", activation="sigsoftmax")[1],
+        loss_and_gradients(narrow, target, "chunked", activation="sigsoftmax")[1],
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_weight_decay_sees_the_weight_and_not_its_chunks():
+    found = []
+    for backend in ("chunked", "reference"):
+        (hidden, weight, bias), target = layer()
+        optimizer = torch.optim.AdamW([weight, bias], lr=0.1, weight_decay=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            linear_cross_entropy(
+                hidden.detach(), weight, target, bias, activation="sigsoftmax", backend=backend
+            ).backward()
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found)
 
 
 def test_backward_twice():

@@ -24,7 +24,7 @@ from lit_sigsoftmax.activations import Activation, derivative_of, name_of
 from lit_sigsoftmax.losses.compiled import score_and_differentiate, serves
 from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
-from lit_sigsoftmax.losses.reduction import mix, reduce
+from lit_sigsoftmax.losses.reduction import check_targets, mix, reduce
 
 __all__ = ["chunked"]
 
@@ -54,6 +54,7 @@ def chunked(
     First derivatives only, of hidden, weight, bias, ``log_prior`` and the leaf tensors that ``log_g`` uses.
 
     Raises:
+        IndexError: A target is out of bounds, on a CPU.
         RuntimeError: A second derivative or a transform of ``torch.func`` is asked for.
     """
     layer = _Layer(log_g, ignore_index, Penalty(label_smoothing, z_loss), _product_dtype(hidden, weight))
@@ -63,8 +64,11 @@ def chunked(
 
 
 def _loss(layer: _Layer, target: Tensor, *tensors: Tensor | None) -> Tensor:
-    differentiable = torch.is_grad_enabled()
-    held = _held_tensors(layer.log_g, tensors) if differentiable else []
+    differentiable, weight = torch.is_grad_enabled(), tensors[1]
+    assert weight is not None
+    if target.device.type == "cpu":  # a GPU would have to wait
+        check_targets(target[target != layer.ignore_index], len(weight))
+    held = _held_tensors(layer.log_g, weight, layer.precision) if differentiable else []
     try:
         return _Chunked.apply(layer, differentiable, target, *tensors, *held)
     except RuntimeError as error:
@@ -99,7 +103,9 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, layer: _Layer, differentiable: bool, target: Tensor, *tensors: Tensor | None) -> Tensor:
         wanted = [differentiable and needed for needed in ctx.needs_input_grad[3:]]
         counted = target != layer.ignore_index
-        row_weight = counted / counted.sum(dtype=layer.precision).clamp(min=1)
+        row_weight = counted.to(layer.precision)
+        if layer.dtype == layer.precision:
+            row_weight /= row_weight.sum().clamp(min=1)
         nll, gradients = _run(layer, target, tensors, wanted, row_weight)
         if any(wanted):
             ctx.layer, ctx.wanted, ctx.gradients = layer, wanted, gradients
@@ -115,7 +121,7 @@ class _Chunked(torch.autograd.Function):
         ratio = (grad / row_weight)[row_weight > 0]
         if gradients is None or (ratio != ratio[:1]).any():
             # Rows of unequal weight, or a second backward pass: the sums of the forward pass do not serve.
-            _, gradients = _run(ctx.layer, target, tensors, ctx.wanted, grad * (row_weight > 0))
+            _, gradients = _run(ctx.layer, target, tensors, ctx.wanted, grad.where(row_weight > 0, 0.0))
         elif len(ratio) and ratio[0] != 1:
             for gradient in gradients:
                 if gradient is not None:
@@ -144,7 +150,7 @@ class _Sums:
         self.hidden, weight, bias, self.log_prior, *self.held = tensors
         self.way = _way(layer, weight.device)
         self.weight, self.bias = weight.to(layer.dtype), None if bias is None else bias.to(layer.dtype)
-        kept = [self.hidden.dtype, *[layer.precision] * 3, *(tensor.dtype for tensor in self.held)]
+        kept = [self.hidden.dtype, *[layer.precision] * (len(tensors) - 1)]
         self.gradients = [
             torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if want else None
             for tensor, dtype, want in zip(tensors, kept, wanted, strict=True)
@@ -226,7 +232,9 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
     first, n = start // log_prior.shape[1], len(expert_nll) // log_prior.shape[1]
     log_prior, expert_nll = log_prior[first : first + n], expert_nll.view(n, -1)
     nll = mix(log_prior, expert_nll)
-    return nll, torch.exp(log_prior - expert_nll + nll.unsqueeze(-1)) * factor[first : first + n].unsqueeze(-1)
+    share = torch.exp(log_prior - expert_nll + nll.unsqueeze(-1))
+    factor = factor[first : first + n].unsqueeze(-1)
+    return nll, torch.where(factor == 0, 0.0, share * factor)  # an ignored token's own loss may be infinite
 
 
 def _chunks(tokens: int, experts: int, vocab_size: int, way: str, device: torch.device) -> Iterator[slice]:
@@ -245,13 +253,12 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _held_tensors(log_g: Activation, tensors: Any) -> list[Tensor]:
+def _held_tensors(log_g: Activation, weight: Tensor, precision: torch.dtype) -> list[Tensor]:
     """The leaf tensors to which a gradient flows through ``log_g``: a module's parameters, a closure's captives."""
     if derivative_of(log_g) is not None:
         return []
-    weight = tensors[1]
     with torch.enable_grad():
-        logits = torch.zeros(1, len(weight), device=weight.device, requires_grad=True)
+        logits = torch.zeros(1, len(weight), dtype=precision, device=weight.device, requires_grad=True)
         nodes, seen, found = [log_g(logits).grad_fn], set(), []
     while nodes:
         node = nodes.pop()

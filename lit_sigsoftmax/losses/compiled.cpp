@@ -141,14 +141,8 @@ void score_rows(float* logits, const int64_t* target, const float* weight, float
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < rows; ++i) {
         float* row = logits + i * columns;
-        if (target[i] < 0) {
-            nll[i] = 0;
-            if (differentiate) std::fill(row, row + columns, 0.0f);
-        } else if (differentiate) {
-            nll[i] = score_row<Activation, true>(row, columns, target[i], weight[i]);
-        } else {
-            nll[i] = score_row<Activation, false>(row, columns, target[i], 0);
-        }
+        nll[i] = differentiate ? score_row<Activation, true>(row, columns, target[i], weight[i])
+                               : score_row<Activation, false>(row, columns, target[i], 0);
     }
 }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_sigsoftmax.losses.reduction import check_targets
 from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
 __all__ = ["COMPILE_VARIABLE", "available", "score_and_differentiate", "serves"]
@@ -55,7 +56,7 @@ def score_and_differentiate(
 
     Args:
         logits: Shape (n, V), float32, contiguous, on the CPU. Overwritten if ``need_grad``.
-        target: Shape (n,), int64. Negative ones are ignored: their loss and gradient are 0.
+        target: Shape (n,), int64, each below V.
         activation: A registered name that :func:`serves` accepts.
         row_weight: Shape (n,), float32: the derivative of the whole loss with respect to that of the row.
         need_grad: Whether to overwrite ``logits`` with the gradient.
@@ -66,7 +67,7 @@ def score_and_differentiate(
 
     Raises:
         ValueError: The tensors are not as described, or the activation is not served.
-        IndexError: A target is not below V.
+        IndexError: A target is negative, or not below V.
     """
     rows, columns = logits.shape
     for name, tensor, shape, dtype in (
@@ -81,8 +82,7 @@ def score_and_differentiate(
             )
     if not serves(activation):
         raise ValueError(f"the compiled pass does not serve the output activation {activation!r}: ask serves() first")
-    if rows and (largest := int(target.max())) >= columns:
-        raise IndexError(f"target {largest} is out of bounds: there are {columns} logits")
+    check_targets(target, columns)
     nll = logits.new_empty(rows)
     getattr(_library(), f"rows_{activation}")(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, target, row_weight, nll)),

@@ -94,7 +94,7 @@ def general(
         weigh: From the first row and the losses of a block to the weights of its rows in these gradients.
     """
     losses = []
-    totals = [torch.zeros_like(parameter) for parameter in parameters]
+    totals = [torch.zeros_like(parameter, dtype=logits.dtype) for parameter in parameters]
     for start in range(0, len(logits), block):
         z, t = logits[start : start + block], target[start : start + block].unsqueeze(-1)
         weigh_block = None if weigh is None else partial(weigh, start)

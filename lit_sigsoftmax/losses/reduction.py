@@ -1,4 +1,4 @@
-"""From the losses of tokens to one number, and from the losses of experts to those of tokens."""
+"""What the losses share: which targets they take, how experts become tokens, and tokens one number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["mix", "reduce"]
+__all__ = ["check_targets", "mix", "reduce"]
+
+
+def check_targets(target: Tensor, vocab_size: int) -> None:
+    """Refuse token ids that there are not.
+
+    Raises:
+        IndexError: A target is negative, or not below the vocabulary's size.
+    """
+    if target.numel():
+        low, high = (int(value) for value in target.aminmax())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise IndexError(f"target {wrong} is out of bounds for a vocabulary of {vocab_size}")
 
 
 def reduce(nll: Tensor, target: Tensor, ignore_index: int, reduction: Literal["mean", "sum", "none"]) -> Tensor:

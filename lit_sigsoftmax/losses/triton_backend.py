@@ -55,6 +55,8 @@ def refusal(hidden: Tensor, weight: Tensor, bias: Tensor | None, log_g: Activati
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{name} is {tensor.dtype}, and its kernels compute in float32"
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        return f"hidden is {hidden.dtype} and weight {weight.dtype}: give both one dtype, or use autocast"
     from lit_sigsoftmax.losses.triton_kernels import ACTIVATIONS
 
     if not any(log_g is known for known in ACTIVATIONS):
@@ -83,7 +85,7 @@ def triton_linear_cross_entropy(
     A target outside the vocabulary that is not ``ignore_index`` costs nan: to raise, the host would have to wait.
 
     Raises:
-        ValueError: :func:`refusal` has a reason, or hidden and weight differ in dtype.
+        ValueError: :func:`refusal` has a reason.
         RuntimeError: The gradient is itself to be differentiated.
     """
     reason = refusal(hidden, weight, bias, log_g)
@@ -94,15 +96,17 @@ def triton_linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: give both one dtype, or use autocast")
     bias = None if bias is None else bias.contiguous()
     experts = 1 if log_prior is None else log_prior.shape[1]
     rows = hidden.reshape(-1, weight.shape[1]).contiguous()
     nll = _TokenLoss.apply(rows, weight.contiguous(), bias, target.repeat_interleave(experts), log_g)
+    counted = target != ignore_index
+    nll = torch.where(
+        counted.repeat_interleave(experts), nll, 0.0
+    )  # of an ignored target it is nan, and so its gradient
     if log_prior is not None:
-        nll = mix(log_prior, nll.view(log_prior.shape))
-    return reduce(torch.where(target != ignore_index, nll, 0.0), target, ignore_index, reduction)
+        nll = torch.where(counted, mix(log_prior, nll.view(log_prior.shape)), 0.0)
+    return reduce(nll, target, ignore_index, reduction)
 
 
 class _TokenLoss(torch.autograd.Function):
