@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from fork_helpers import free_port
 from references import FORMULAS, log_probabilities
 from torch import nn
 from torch.nn import functional as F
@@ -459,6 +460,33 @@ def test_activation_checkpointing_around_it(use_reentrant):
         torch.testing.assert_close(x.grad, gradient)
 
 
+def _gradient_of_a_shard(rank, port, folder):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    head, hidden, target = _head_and_tokens("chunked")
+    shard = slice(rank * 15, rank * 15 + 15)
+    replica = nn.parallel.DistributedDataParallel(_Nll(head))
+    replica(hidden[shard], target[shard]).mean().backward()
+    torch.save([parameter.grad for parameter in head.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _head_and_tokens(backend):
+    torch.manual_seed(0)
+    head = OutputHead(HIDDEN, VOCAB, "sigsoftmax", n_experts=2, backend=backend)
+    return head, torch.randn(30, HIDDEN), torch.randint(VOCAB, (30,))
+
+
+@pytest.mark.slow
+def test_gradients_of_two_processes_are_those_of_the_reference(tmp_path):
+    torch.multiprocessing.spawn(_gradient_of_a_shard, (free_port(), str(tmp_path)), nprocs=2)
+    head, hidden, target = _head_and_tokens("reference")
+    head.nll(hidden, target).mean().backward()
+    for rank in (0, 1):
+        gradients = torch.load(tmp_path / f"{rank}.pt")
+        for gradient, parameter in zip(gradients, head.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_inside_a_compiled_model():
     """The loss is a break in the graph; what is around it is compiled."""
@@ -468,10 +496,19 @@ def test_inside_a_compiled_model():
         return linear_cross_entropy(torch.tanh(hidden), weight, target, bias, activation="sigsoftmax") * 2
 
     expected = torch.autograd.grad(step(hidden, weight, bias), (hidden, weight, bias))
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = torch.autograd.grad(torch.compile(step)(hidden, weight, bias), (hidden, weight, bias))
+        found = torch.autograd.grad(torch.compile(step, backend=backend)(hidden, weight, bias), (hidden, weight, bias))
+        inductor = torch.autograd.grad(torch.compile(step)(hidden, weight, bias), (hidden, weight, bias))
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(inductor, expected)
+    assert [torch.tanh] in graphs  # before the break
 
 
 # Products

@@ -12,6 +12,7 @@ from references import KEEP_EVERY_TOKEN_POSSIBLE, probabilities
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_sigsoftmax.activations import get_activation
+from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import triton_backend
 from lit_sigsoftmax.losses.reference import reference
 from lit_sigsoftmax.losses.triton_backend import available, refusal, triton_linear_cross_entropy
@@ -291,6 +292,34 @@ def test_autocast_casts_as_linear_does():
     for actual, value in zip(gradients, expected_gradients, strict=True):
         assert actual.dtype == torch.float32
         assert torch.equal(actual, value.float())
+
+
+@needs_triton
+@every_activation
+@pytest.mark.parametrize("ignored", [False, True])
+def test_mixture_through_the_front_door(name, ignored):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 3, 5, generator=generator), torch.randn(20, 5, generator=generator)
+    log_prior, target = torch.randn(9, 3, generator=generator).log_softmax(-1), torch.arange(9, device=DEVICE)
+    if ignored:
+        target[4] = -100
+    found = []
+    for backend in ("triton", "reference"):
+        inputs = [x.to(DEVICE, copy=True).requires_grad_() for x in (hidden, weight, log_prior)]
+        loss = linear_cross_entropy(
+            inputs[0], inputs[1], target, log_prior=inputs[2], activation=name, reduction="none", backend=backend
+        )
+        found.append((loss, *torch.autograd.grad((loss * torch.linspace(0, 1, 9, device=DEVICE)).sum(), inputs)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+def test_penalties_are_refused():
+    hidden, weight, target = (x.to(DEVICE) for x in (torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)))
+    for penalty in ({"label_smoothing": 0.1}, {"z_loss": 0.1}):
+        with pytest.raises(ValueError, match=r"neither label_smoothing nor z_loss.*'chunked'"):
+            linear_cross_entropy(hidden, weight, target, backend="triton", **penalty)
 
 
 @needs_triton
