@@ -15,6 +15,7 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -36,6 +37,7 @@ _RECIPES = "lit_sigsoftmax.recipes"
 _DESCRIPTION = """Output layers for language models, head to head. Further commands: compare trains several output
 layers over several seeds; report rebuilds its tables and figures; ui shows the runs in MLflow."""
 _CHOSEN = "LIT_SIGSOFTMAX_CKPT_PATH"  # for the processes that this one starts
+_BAR_STEPS = 10  # between two states of the progress bar
 _KEYWORDS = ("best", "hpc", "registry")  # of Lightning
 _NOISE = (
     "LightningCLI's args parameter is intended",
@@ -102,8 +104,13 @@ class LanguageModelCLI(LightningCLI):
             self.parser.error(f"{error}{_place(error)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with checkpoint files that survive a crash."""
+        """Make the trainer, with checkpoint files that survive a crash and a progress bar that costs little."""
         trainer = super().instantiate_trainer(**kwargs)
+        chosen = self._get(self.config_init, "trainer")["callbacks"] or []
+        if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and bar not in chosen:
+            # Lightning's choice where rich is installed; drawing it takes a tenth of a small model's training.
+            often = _BAR_STEPS if sys.stderr.isatty() else 10 * _BAR_STEPS
+            trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=often)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         for callback in trainer.checkpoint_callbacks:
