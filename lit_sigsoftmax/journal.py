@@ -16,8 +16,9 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -79,25 +80,24 @@ class Journal:
                     raise OSError(f"the spool has reached {LIMIT:,} bytes")
                 self._write(line)
             except OSError as error:
-                if not self.dropped:
-                    _log.warning("%s takes no more: what is logged is LOST from here on (%s)", self.folder, error)
-                self.dropped += 1
+                self._lose(error)
 
-    def add_file(self, source: Path | str, name: str) -> str:
-        """Keep a copy of a file, or a text, until it is sent.
+    def add_file(self, source: Path | str, name: str) -> str | None:
+        """Keep a copy of a file, or a text, until it is sent. A disk that takes no more costs the file alone.
 
         Returns:
-            Its path below ``files/``, in a folder of its own.
+            Its path below ``files/``, in a folder of its own; None where it is lost.
+
+        Raises:
+            OSError: The source cannot be read.
         """
-        number = sum(1 for _ in (self.folder / "files").iterdir())
-        while (kept := self.folder / "files" / str(number) / name).parent.exists():
-            number += 1
-        kept.parent.mkdir()
-        if isinstance(source, Path):
-            shutil.copyfile(source, kept)
-        else:
-            kept.write_text(source, encoding="utf-8")
-        return f"{number}/{name}"
+        with source.open("rb") if isinstance(source, Path) else BytesIO(source.encode()) as content:
+            try:
+                return self._keep(content, name)
+            except OSError as error:
+                with self._turn:
+                    self._lose(error)
+                return None
 
     def file(self, path: str) -> Path:
         """Return the file that :meth:`add_file` kept.
@@ -152,6 +152,24 @@ class Journal:
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
+
+    def _keep(self, content: BinaryIO, name: str) -> str:
+        number = sum(1 for _ in (self.folder / "files").iterdir())
+        while (kept := self.folder / "files" / str(number) / name).parent.exists():
+            number += 1
+        kept.parent.mkdir()
+        try:
+            with kept.open("wb") as copy:
+                shutil.copyfileobj(content, copy)
+        except OSError:
+            shutil.rmtree(kept.parent, ignore_errors=True)  # room for the records
+            raise
+        return f"{number}/{name}"
+
+    def _lose(self, error: OSError) -> None:
+        if not self.dropped:
+            _log.warning("%s takes no more: what is logged is LOST from here on (%s)", self.folder, error)
+        self.dropped += 1
 
     def _write(self, line: bytes) -> None:
         written = self._file.write(line) or 0

@@ -7,6 +7,7 @@ found by its tag. So an answer that got lost, a process that was killed and a sp
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -240,22 +241,40 @@ def _is_new(latest: dict[str, tuple[int, float]], key: str, value: float, _times
     return True
 
 
-def sync(tracking_uri: str) -> int:
+def sync(tracking_uri: str, study: str | None = None) -> int:
     """Send what outages and killed processes have left of runs in a store, and remove it here.
 
     Spools of other stores and of runs that are still going on stay as they are, and are named.
 
     Args:
         tracking_uri: The store.
+        study: Only the runs of this comparison.
 
     Returns:
         The number of runs that the store now has whole.
 
     Raises:
-        TrackingError: The store does not answer, or a spool is damaged. What has been taken is not sent again.
+        TrackingError: The store does not answer, or spools are damaged; all others have been sent by then. What has
+            been taken is not sent again.
     """
-    folders = sorted(path.parent for path in spool_folder(tracking_uri).glob("*/run.json"))
-    return sum(_sync(folder, tracking_uri) for folder in folders)
+    files = sorted(spool_folder(tracking_uri).glob("*/run.json"))
+    sent, errors = 0, []
+    for file in files:
+        try:
+            if study is None or _is_of(file, study):
+                sent += _sync(file.parent, tracking_uri)
+        except TrackingError as error:
+            errors.append(error)
+    if errors:
+        raise TrackingError("; ".join([*map(str, errors), f"{sent} runs sent"])) from errors[0]
+    return sent
+
+
+def _is_of(file: Path, study: str) -> bool:
+    try:
+        return bool(json.loads(file.read_text())["tags"]["study"] == study)
+    except (OSError, KeyError, TypeError, ValueError):  # damaged, or of a run outside comparisons
+        return False
 
 
 def _sync(folder: Path, tracking_uri: str) -> bool:

@@ -218,8 +218,8 @@ class MLflowTracker(Logger):
 
     def _artifact(self, source: Path | str, name: str) -> None:
         folder, _, base = name.strip("/").rpartition("/")
-        kept = self._open().journal.add_file(source, base)
-        self._append({"artifact": {"file": kept, "folder": folder}})
+        if kept := self._open().journal.add_file(source, base):  # None: the disk is full
+            self._append({"artifact": {"file": kept, "folder": folder}})
 
     def _open(self) -> Spool:
         if self._spool is None:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import psutil
 
-from lit_sigsoftmax.tracking import default_tracking_uri, open_client, sqlite_path
+from lit_sigsoftmax.connect import connect
+from lit_sigsoftmax.store import TrackingError, default_tracking_uri, sqlite_path
 from lit_sigsoftmax.views import HOST, PORT, comparison_url
 
 __all__ = ["serve"]
@@ -33,7 +34,10 @@ def serve(args: Sequence[str]) -> None:
     parser.add_argument("--port", type=int, default=PORT, help="port (default: %(default)s)")
     parser.add_argument("--no_browser", action="store_true", help="only print the address")
     options = parser.parse_args(args)
-    experiment_id = _newest_experiment(options.tracking_uri)
+    try:
+        experiment_id = _newest_experiment(options.tracking_uri)
+    except TrackingError as error:
+        parser.error(str(error))
     if experiment_id is None:
         parser.error(f"no runs in {options.tracking_uri} yet: start with lit-sigsoftmax fit or compare")
     url = comparison_url(options.tracking_uri, experiment_id, port=options.port)
@@ -58,7 +62,7 @@ def serve(args: Sequence[str]) -> None:
 def _newest_experiment(tracking_uri: str) -> str | None:
     if (path := sqlite_path(tracking_uri)) and not path.exists():
         return None  # opening it would make it
-    client = open_client(tracking_uri)
+    client = connect(tracking_uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, max_results=1, order_by=["attributes.start_time DESC"])
     return str(runs[0].info.experiment_id) if runs else None

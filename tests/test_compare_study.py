@@ -79,7 +79,7 @@ def wait_until(condition, seconds=120):
     raise TimeoutError(f"{condition.__name__} did not come about")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
     Path("slow.py").write_text(SLOW)
     Path("slow").touch()
@@ -96,19 +96,41 @@ def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
         process.kill()
     wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family), 30)
     (begun,) = store.runs("tags.kind = 'fit'")
-    if number == signal.SIGINT:
-        assert process.returncode == 130
+    log = store.folder / "mlruns" / "logs" / "stopped" / "slow.log_g x1 seed 0.log"
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
         assert error.splitlines()[-1].startswith("interrupted: the same command")
         assert "Traceback" not in error
-        assert begun.info.status != "RUNNING"
+        assert begun.info.status == "KILLED"
+        assert "SIGTERM: stopping after this step, with a checkpoint" in log.read_text()
     Path("slow").unlink()
     main(command)
     runs = store.runs("tags.kind = 'fit'")
     assert sorted(run.data.tags["activation"] for run in runs) == ["slow.log_g", "softmax"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert begun.info.run_id in {run.info.run_id for run in runs}
-    log = (store.folder / "mlruns" / "logs" / "stopped" / "slow.log_g x1 seed 0.log").read_text()
-    assert "Restored all states from the checkpoint" in log
+    assert "Restored all states from the checkpoint" in log.read_text()
+
+
+def test_a_run_that_is_stopped_from_outside_has_not_failed(store):
+    Path("slow.py").write_text(SLOW)
+    Path("slow").touch()
+    command = [*SCRIPT, "compare", *TINY, "--activations", "slow.log_g", "softmax", "--study", "outside"]
+    process = subprocess.Popen([*command, "--trainer.max_epochs=9"], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: list(store.folder.rglob("last.ckpt")))
+        (run,) = [one for one in psutil.Process(process.pid).children(recursive=True) if os.getsid(one.pid) == one.pid]
+        Path("slow").unlink()
+        run.terminate()
+        error = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "slow.log_g x1 seed 0: stopped from outside" in error
+    assert "FAILED" not in error
+    assert "softmax x1 seed 0: done after" in error
+    statuses = {run.data.tags["activation"]: run.info.status for run in store.runs("tags.kind = 'fit'")}
+    assert statuses == {"slow.log_g": "KILLED", "softmax": "FINISHED"}
 
 
 def stored_job(store, status):

@@ -3,23 +3,18 @@
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections import Counter
-from functools import cached_property
 
-import psutil
 import pytest
 from cli_helpers import SMALL
 from lightning.pytorch import Callback
-from mlflow import MlflowClient
+from server_helpers import Server
 
 from lit_sigsoftmax import tracking, training
+from lit_sigsoftmax.journal import Journal
 from lit_sigsoftmax.spool import sync
 from lit_sigsoftmax.store import TrackingError
 from lit_sigsoftmax.tracking import MLflowTracker
@@ -27,58 +22,6 @@ from lit_sigsoftmax.tracking import MLflowTracker
 POSTGRES = "LIT_SIGSOFTMAX_POSTGRES"
 STEPS = 150  # of FIT: 3,000 tokens in 5 streams
 FIT = ("fit", *SMALL, "--data.bptt=4", "--data.batch_size=5")
-
-
-class Server:
-    """A real ``mlflow server``."""
-
-    def __init__(self, folder, backend):
-        self.folder, self.backend = folder, backend
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process = None
-
-    @cached_property
-    def client(self):
-        return MlflowClient(self.uri)
-
-    def start(self):
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.backend, "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                time.sleep(0.1)
-
-    def send(self, number):
-        """Send a signal to the server and all that it has started."""
-        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
-            process.send_signal(number)
-
-    def kill(self):
-        if self.process is not None:
-            self.send(signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def run(self, name):
-        """The only run of an experiment."""
-        (run,) = self.client.search_runs([self.client.get_experiment_by_name(name).experiment_id])
-        return run
-
-    def points(self, run, key="train/loss"):
-        """How often each step of a metric is stored."""
-        return Counter(point.step for point in self.client.get_metric_history(run.info.run_id, key))
 
 
 @pytest.fixture(
@@ -166,13 +109,14 @@ def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(server, tmp_pa
     assert f": {left} in {server.uri}" in capsys.readouterr().out
     with pytest.raises(TrackingError, match=rf"{server.uri} does not take .*{left}: Connection refused"):
         sync(server.uri)
+    away = 1000 * time.time()
     server.start()
     kept = tmp_path / "mlruns" / "spool"
     shutil.copytree(kept, tmp_path / "again")
     assert sync(server.uri) == 1
     whole = assert_whole(server, "away")
     assert whole.info.run_id == left
-    assert whole.info.end_time - whole.info.start_time < 1000 * (time.time() - whole.info.start_time / 1000)
+    assert whole.info.end_time < away  # when it ended, not when that was heard of
     assert spools(tmp_path) == []
     # a second time, as where the first was interrupted before it could remove what it had sent
     kept.rmdir()
@@ -310,9 +254,48 @@ def test_a_spool_of_another_store_is_left_and_named(store, tmp_path, caplog):
     assert spools(store.folder) == ["r"]
 
 
-def test_a_damaged_spool_is_named(store):
-    folder = store.folder / "mlruns" / "spool" / "r"
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text("{")
-    with pytest.raises(TrackingError, match=rf"does not take {folder}"):
+def leave_spool(store, name, study=None):
+    """What a process that was killed leaves."""
+    header = {"tracking_uri": store.uri, "experiment": "e", "run_name": name, "run_id": None, "start_time": 0}
+    journal = Journal(store.folder / "mlruns" / "spool" / name, {**header, "tags": {"study": study} if study else {}})
+    journal.append({"metrics": [("a", 1.0, 0, 0)]})
+    journal.close()
+
+
+def test_damaged_spools_are_named_and_all_others_are_sent(store):
+    for name in "abcd":
+        leave_spool(store, name)
+    for name in "ac":
+        (store.folder / "mlruns" / "spool" / name / "run.json").write_text("{")
+    with pytest.raises(TrackingError, match=r"does not take .*/a: .*does not take .*/c: .*; 2 runs sent$"):
         sync(store.uri)
+    assert sorted(run.info.run_name for run in store.runs()) == ["b", "d"]
+    assert spools(store.folder) == ["a", "c"]
+
+
+def test_the_spools_of_one_study_are_sent_alone(store):
+    for name, study in (("a", "one"), ("b", "two"), ("c", None)):
+        leave_spool(store, name, study)
+    assert sync(store.uri, study="two") == 1
+    assert spools(store.folder) == ["a", "c"]
+
+
+def test_a_full_disk_costs_a_file_and_not_the_run(store, tmp_path, caplog):
+    (tmp_path / "large").write_bytes(bytes(100_000))
+    run = MLflowTracker(experiment_name="full", system_metrics=False)
+    run.log_text("a", "a.txt")
+    assert run.flush()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        run.log_text("b" * 100_000, "b.txt")
+        run.log_artifact(tmp_path / "large")
+        assert list(next((store.folder / "mlruns" / "spool").iterdir()).glob("files/*/*")) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(FileNotFoundError):
+        run.log_artifact(tmp_path / "missing")
+    run.finalize()
+    assert store.run().info.status == "FINISHED"
+    assert [file.path for file in store.client.list_artifacts(run.run_id)] == ["a.txt"]
+    assert [record.message for record in caplog.records if "LOST" in record.message] == [caplog.records[0].message]

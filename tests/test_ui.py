@@ -204,5 +204,10 @@ def test_a_store_that_is_not_there_is_an_error_and_is_not_made(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_that_is_not_there_is_an_error_at_once(store, capsys):
+    error = error_of(capsys, "--tracking_uri", "http://me:secret@127.0.0.1:9")
+    assert "cannot use the tracking store http://me:***@127.0.0.1:9 (Connection refused): start it, or" in error
+
+
 def test_a_port_is_a_number(store, capsys):
     assert "'many'" in error_of(capsys, "--port", "many")

@@ -42,11 +42,11 @@ def make_executor(name: str, parameters: Mapping[str, Any], folder: Path) -> Any
     return executor
 
 
-def train_on_cluster(jobs: Sequence[Job], executor: Any) -> Generator[tuple[Job, bool], None, None]:
+def train_on_cluster(jobs: Sequence[Job], executor: Any) -> Generator[tuple[Job, int], None, None]:
     """Hand all jobs to the cluster and wait for them; those not done are cancelled when the iteration ends early.
 
     Yields:
-        The job that has ended, and whether it succeeded.
+        The job that has ended, and 0 where it succeeded, 1 where not.
     """
     with executor.batch():
         submitted = [(job, executor.submit(job)) for job in jobs]
@@ -56,7 +56,7 @@ def train_on_cluster(jobs: Sequence[Job], executor: Any) -> Generator[tuple[Job,
                 if handle.done():
                     submitted.remove((job, handle))
                     _keep_log(job, handle)
-                    yield job, handle.exception() is None
+                    yield job, int(handle.exception() is not None)
             time.sleep(_POLL_SECONDS if submitted else 0)
     finally:
         for _, handle in submitted:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,12 +23,18 @@ from lit_sigsoftmax.compare.results import study_runs
 from lit_sigsoftmax.compare.run import check, train
 from lit_sigsoftmax.compare.study import Study
 from lit_sigsoftmax.compare.tuning import choose
-from lit_sigsoftmax.tracking import open_client, sqlite_path, store_root
+from lit_sigsoftmax.connect import connect
+from lit_sigsoftmax.signals import Stopped
+from lit_sigsoftmax.spool import sync
+from lit_sigsoftmax.store import TrackingError, impatient, reason, sqlite_path, store_root, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 __all__ = ["compare"]
+
+# Exit codes of a run that was told to stop: by itself, or where the signal came before it could listen.
+_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
 
 
 def compare(args: Sequence[str]) -> None:
@@ -37,14 +46,43 @@ def compare(args: Sequence[str]) -> None:
         args: The command line after ``compare``; what it does not know itself goes to every ``fit``.
 
     Raises:
-        SystemExit: 2 for a mistake in the command line or the recipe, 1 where a run failed, 130 for Ctrl-C.
+        SystemExit: 2 for a mistake in the command line or the recipe, or a store that does not answer, 1 where a run
+            failed or was stopped, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    from mlflow.exceptions import MlflowException
+
     options = read_options(args)
+    again = f"the same command with --study '{options.study}' continues it"
     try:
-        _compare(options)
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command with --study '{options.study}' continues it", file=sys.stderr)
-        raise SystemExit(130) from None
+        with _terminable():
+            _compare(options)
+    except (KeyboardInterrupt, Stopped) as stop:
+        print(f"interrupted: {again}", file=sys.stderr)
+        raise SystemExit(stop.code if isinstance(stop, Stopped) else 130) from None
+    except TrackingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except MlflowException as error:
+        address = without_password(options.tracking_uri)
+        print(f"error: the tracking store {address} fails ({reason(error)}): later, {again}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that the runs write their checkpoints."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets it handle no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _compare(options: Options) -> None:
@@ -55,7 +93,7 @@ def _compare(options: Options) -> None:
     if options.dry_run and path and not path.exists():  # a dry run makes no store
         print(study.describe(None))
         return
-    client = open_client(options.tracking_uri)
+    client = connect(options.tracking_uri)
     if not options.allow_unfair and (unfair := study.unfair(study_runs(client, options.study))):
         options.fail(f"{unfair}; name the keys that are compared with --vary, or pass --allow_unfair")
     if options.dry_run:
@@ -86,6 +124,7 @@ def _executor(options: Options) -> Any:
 
 def _train_all(client: MlflowClient, options: Options, executor: Any, jobs: Sequence[Job]) -> int:
     """Train what is not finished; returns how many runs failed."""
+    _send_left(options)
     left = [job for job in jobs if not any(run.info.status == "FINISHED" for run in find(client, job))]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     failed = 0
@@ -104,26 +143,44 @@ def _train_all(client: MlflowClient, options: Options, executor: Any, jobs: Sequ
         open_jobs = dict.fromkeys(left)
         try:
             with closing(ends):
-                for job, done in ends:
+                for job, code in ends:
                     del open_jobs[job]
                     if job in tasks:
                         bars.remove_task(tasks[job])
                     bars.advance(total)
-                    bars.print(_outcome(client, job, done), markup=False)
-                    failed += not done
+                    bars.print(_outcome(client, job, code), markup=False)
+                    failed += code != 0
         finally:
-            for job in open_jobs:
-                close(client, job, "KILLED")
+            all(close(client, job, "KILLED") for job in open_jobs)  # none after the first that the store does not hear
+    _send_left(options)
     return failed
 
 
-def _outcome(client: MlflowClient, job: Job, done: bool) -> str:
-    if not done:
+def _send_left(options: Options) -> None:
+    """Send what outages have left of the study's runs; without it they are not finished for the store."""
+    try:
+        sync(options.tracking_uri, options.study)
+    except TrackingError as error:
+        print(error, file=sys.stderr)
+
+
+def _outcome(client: MlflowClient, job: Job, code: int) -> str:
+    from mlflow.exceptions import MlflowException
+
+    if code in _STOPPED:
+        close(client, job, "KILLED")
+        return f"{job.name}: stopped from outside; the same command continues it"
+    if code:
         close(client, job, "FAILED")
         return f"{job.name}: FAILED, see {job.log}\n{_last_lines(job.log)}\n{job.name} failed"
-    run = find(client, job)[0]
-    seconds = (run.info.end_time - run.info.start_time) / 1000
-    return f"{job.name}: done after {seconds:.0f} s"
+    try:
+        with impatient():
+            ended = [run.info for run in find(client, job) if run.info.status == "FINISHED"]
+    except MlflowException:
+        ended = []
+    if not ended:
+        return f"{job.name}: done, but not in the store yet"
+    return f"{job.name}: done after {(ended[0].end_time - ended[0].start_time) / 1000:.0f} s"
 
 
 def _last_lines(log: Path, n: int = 5) -> str:

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback
 
 from lit_sigsoftmax.checkpoints import CheckpointError, readable_last
 from lit_sigsoftmax.resume import run_folder
-from lit_sigsoftmax.tracking import open_client
+from lit_sigsoftmax.spool import spool_folder
+from lit_sigsoftmax.store import TrackingError, impatient, open_client, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,6 +55,9 @@ class Job:
 
         The lock is the system's: it goes with the process, however that ends. So an unfinished run without its lock is
         known to be dead, and two commands of one study never train the same run twice.
+
+        Raises:
+            TrackingError: The run is being trained elsewhere, as far as the store knows.
         """
         from lit_sigsoftmax import training
 
@@ -81,19 +85,44 @@ def find(client: MlflowClient, job: Job) -> list[Any]:
     return list(client.search_runs(experiments, query, order_by=["attributes.start_time DESC"])) if experiments else []
 
 
-def close(client: MlflowClient, job: Job, status: str) -> None:
-    """Give the job's runs that count as running a status, where their process has ended without doing so."""
-    with suppress(Timeout), job.lock.acquire(blocking=False):  # another command may be training it
-        for run in find(client, job):
-            if run.info.status == "RUNNING":
-                client.set_terminated(run.info.run_id, status)
+def close(client: MlflowClient, job: Job, status: str) -> bool:
+    """Give the job's runs that count as running a status, where their process has ended without doing so.
+
+    Returns:
+        Whether the store answers.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with suppress(Timeout), job.lock.acquire(blocking=False), impatient():  # another command may be training it
+        try:
+            for run in find(client, job):
+                if run.info.status == "RUNNING" and _is_ours(job, run):
+                    client.set_terminated(run.info.run_id, status)
+        except MlflowException:
+            return False
+    return True
+
+
+def _is_ours(job: Job, run: Any) -> bool:
+    # The lock is a file of this working directory: of a run that has left nothing here it says nothing. What belongs to
+    # a SQLite store lies beside it, wherever one works.
+    names = [run.info.run_id, run.data.tags.get("local_id", run.info.run_id)]
+    folders = (run_folder(job.tracking_uri, ""), spool_folder(job.tracking_uri))
+    return sqlite_path(job.tracking_uri) is not None or any((f / name).exists() for f in folders for name in names)
 
 
 def _continue(client: MlflowClient, job: Job, runs: Sequence[Any]) -> list[str]:
     # The newest that has a checkpoint goes on; the others are deleted: an attempt that starts again at step 0 would
     # draw its curves over those of the first.
-    arguments: list[str] = []
+    ours = [run for run in runs if _is_ours(job, run)]
     for run in runs:
+        if run not in ours and run.info.status == "RUNNING":
+            raise TrackingError(
+                f"{job.name} is running as {run.info.run_id}, and nothing of that is in this working directory: wait "
+                f"for it, or go on where it was begun; where it is dead, mlflow runs delete --run-id {run.info.run_id}"
+            )
+    arguments: list[str] = []
+    for run in ours:
         if not arguments and _can_go_on(job, run.info.run_id):
             arguments = ["--ckpt_path=last", f"{_LOGGER}run_id={run.info.run_id}"]
         else:

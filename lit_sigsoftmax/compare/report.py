@@ -23,8 +23,9 @@ from lit_sigsoftmax.compare.page import TokenSection, page
 from lit_sigsoftmax.compare.results import Results, read_study
 from lit_sigsoftmax.compare.table import as_csv, as_latex, as_markdown, columns, rich_table, rows
 from lit_sigsoftmax.compare.tokens import TokenPair, buckets, gains_table, largest_gains, token_pair
+from lit_sigsoftmax.connect import connect
 from lit_sigsoftmax.spool import sync
-from lit_sigsoftmax.store import TrackingError, default_tracking_uri, open_client, sqlite_path, store_root
+from lit_sigsoftmax.store import TrackingError, default_tracking_uri, sqlite_path, store_root
 from lit_sigsoftmax.views import comparison_url, study_tags
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def report(args: Sequence[str]) -> None:
         args: The command line after ``report``.
 
     Raises:
-        SystemExit: 2 for a mistake in the command line, such as a study that is not there.
+        SystemExit: 2 for a mistake in the command line, such as a study that is not there, or a store that does not
+            answer.
     """
     parser = argparse.ArgumentParser(
         "lit-sigsoftmax report",
@@ -72,7 +74,7 @@ def report(args: Sequence[str]) -> None:
         if not options.study:
             return
         conclude(
-            open_client(options.tracking_uri),
+            connect(options.tracking_uri),
             options.tracking_uri,
             options.study,
             baseline=options.baseline,

@@ -8,7 +8,9 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_sigsoftmax.compare.job import Job
+from lit_sigsoftmax.store import TrackingError
 
 __all__ = ["Share", "check", "shares", "train"]
 
-# What a run may take to write its last checkpoint and to close its run in the store, when it is told to end.
-_PATIENCE = 5.0
+# What a run may take, when it is told to end, for the step under way, its last checkpoint, and the store, for which
+# alone it waits 20 s.
+_PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def shares(workers: int, cpus: int, gpus: Sequence[str] = ()) -> list[Share]:
 
 def train(
     jobs: Sequence[Job], workers: Sequence[Share], on_step: Callable[[Job, int, int], None]
-) -> Generator[tuple[Job, bool], None, None]:
+) -> Generator[tuple[Job, int], None, None]:
     """Train jobs in processes of their own, as many at a time as there are workers.
 
     However the iteration ends, no process is left: each run leads a process group, which is ended as a whole, and each
@@ -75,7 +79,7 @@ def train(
         on_step: Called with the steps done and the steps in all.
 
     Yields:
-        The job that has ended, and whether it succeeded.
+        The job that has ended, and its exit code, that of a signal negative where the signal ended it.
     """
     waiting, free = list(jobs), list(workers)
     running: dict[Connection, tuple[Job, Share, _Child]] = {}
@@ -92,12 +96,13 @@ def train(
                 except EOFError:  # the process has ended
                     del running[child.receiver]
                     free.append(share)
-                    yield job, child.end() == 0
+                    yield job, child.end()
     finally:
         for _, _, child in running.values():
             child.signal(signal.SIGTERM)
+        deadline = time.monotonic() + _PATIENCE
         for _, _, child in running.values():
-            child.end(_PATIENCE)
+            child.end(max(0.0, deadline - time.monotonic()))
 
 
 def check(command_lines: Sequence[Sequence[str]]) -> list[dict[str, str]]:
@@ -193,6 +198,9 @@ def _train(sender: Connection, job: Job, share: Share) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = share.devices
     try:
         job([_Reporter(sender)])
+    except TrackingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None

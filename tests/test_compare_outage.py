@@ -1,0 +1,129 @@
+"""Comparisons whose store goes away, is shared with other machines, or is written by several commands."""
+
+import os
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cli_helpers import NO_SYSTEM_METRICS, SCRIPT, SMALL, run_process
+from server_helpers import Server
+
+from lit_sigsoftmax.cli import main
+from lit_sigsoftmax.compare.job import Job, close
+from lit_sigsoftmax.store import TrackingError
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*many workers")]
+
+TINY = (*SMALL, NO_SYSTEM_METRICS, "--trainer.limit_train_batches=4")
+# Waits in training while there is a file of its name.
+WAITS = """
+import time
+from pathlib import Path
+
+
+def log_g(z):
+    while z.requires_grad and Path(__name__).exists():
+        time.sleep(0.05)
+    return z
+"""
+NOWHERE = "http://me:secret@127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def started(empty_store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    server = Server(folder, f"sqlite:///{folder}/mlflow.db")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(started, tmp_path, monkeypatch):
+    """A server that runs, and a working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", started.uri)
+    return started
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def runs_of(server, study):
+    experiments = [experiment.experiment_id for experiment in server.client.search_experiments()]
+    return list(server.client.search_runs(experiments, f"tags.study = '{study}' and tags.kind = 'fit'"))
+
+
+def test_a_run_that_ends_in_an_outage_takes_nothing_with_it_and_is_compared(server):
+    for name in ("first", "second"):
+        Path(f"{name}.py").write_text(WAITS)
+        Path(name).touch()
+    command = [*SCRIPT, "compare", *TINY, "--activations", "first.log_g", "second.log_g", "--study", "outage"]
+    environment = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "OMP_NUM_THREADS": "1"}
+    errors = Path("errors.txt")
+    with errors.open("w") as err:
+        process = subprocess.Popen([*command, "--workers=2"], env=environment, stderr=err, stdout=subprocess.PIPE)
+    try:
+        wait_until(lambda: process.poll() is not None or len(list(Path().rglob("last.ckpt"))) == 2)
+        server.kill()
+        Path("first").unlink()
+        wait_until(lambda: process.poll() is not None or "first.log_g x1 seed 0: done" in errors.read_text())
+        assert "first.log_g x1 seed 0: done, but not in the store yet" in errors.read_text()
+        server.start()
+        Path("second").unlink()
+        out = process.communicate(timeout=120)[0].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors.read_text()
+    assert "Traceback" not in errors.read_text()
+    assert "second.log_g x1 seed 0: done after" in errors.read_text()
+    assert [run.info.status for run in runs_of(server, "outage")] == ["FINISHED"] * 2
+    assert {"first.log_g x1", "second.log_g x1"} <= {word.strip() for word in out.split("│")}
+
+
+def test_a_run_of_another_working_directory_is_left_alone(server):
+    job = Job("a run", ("--no-such-argument",), server.uri, "elsewhere", "abcd", Path("a run.log").absolute())
+    tags = {"study": job.study, "config_hash": job.config_hash, "kind": "fit"}
+    run_id = server.client.create_run(server.client.create_experiment("corpus"), tags=tags).info.run_id
+    with pytest.raises(TrackingError, match=f"a run is running as {run_id}, and nothing of that is in this"):
+        job()
+    assert close(server.client, job, "KILLED")
+    assert [run.info.status for run in runs_of(server, "elsewhere")] == ["RUNNING"]
+    Path("mlruns", "checkpoints", run_id).mkdir(parents=True)  # now it is this one's, and has no checkpoint
+    with pytest.raises(SystemExit):
+        job()
+    assert runs_of(server, "elsewhere") == []
+
+
+@pytest.mark.parametrize(
+    "command", [("report", "--study", "s"), ("compare", *TINY, "--activations", "softmax", "--study", "s")]
+)
+def test_a_server_that_is_not_there_is_an_error_at_once(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--tracking_uri", NOWHERE])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: cannot use the tracking store http://me:***@127.0.0.1:9 (Connection refused): start it, or" in error
+
+
+def test_two_comparisons_at_once_share_one_sqlite_store(store):
+    command = [*SCRIPT, "compare", *TINY, "--tracking_uri", store.uri, "--study"]
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda study: run_process([*command, study], store.folder), ("one", "two")))
+    for one in done:
+        assert one.returncode == 0, one.stderr
+        assert "database is locked" not in one.stdout + one.stderr
+    runs = store.runs("tags.kind = 'fit'")
+    found = sorted((run.data.tags["study"], run.data.tags["activation"], run.info.status) for run in runs)
+    assert found == [(study, name, "FINISHED") for study in ("one", "two") for name in ("sigsoftmax", "softmax")]
+    logs = "".join(path.read_text() for path in store.folder.rglob("*.log"))
+    assert "locked" not in logs
