@@ -110,7 +110,8 @@ class LanguageModelCLI(LightningCLI):
         if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and bar not in chosen:
             # Lightning's choice where rich is installed; drawing it takes a tenth of a small model's training.
             often = _BAR_STEPS if sys.stderr.isatty() else 10 * _BAR_STEPS
-            trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=often)
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[callbacks.index(bar)] = TQDMProgressBar(refresh_rate=often)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         for callback in trainer.checkpoint_callbacks:

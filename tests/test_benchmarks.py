@@ -124,7 +124,8 @@ def test_extra_memory_is_the_peak_beyond_the_gradients(scripts):
         _ = torch.ones(10_000_000)
         return [torch.ones(2_000_000)]
 
-    assert in_child(lambda: extra_memory(step, CPU)) == pytest.approx(40e6, rel=0.2)  # the heap of the whole suite's process may have room
+    # The heap of a process that has run the whole suite has room for some of it.
+    assert in_child(lambda: extra_memory(step, CPU)) == pytest.approx(40e6, rel=0.2)
 
 
 def test_a_process_that_dies_is_said(scripts):
