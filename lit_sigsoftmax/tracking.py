@@ -61,6 +61,9 @@ class MLflowTracker(Logger):
             trains without it; the run gets a local id, which names its checkpoints' folder and becomes its tag
             ``local_id``, and is created when the store is there.
         run_id: A run to continue. Its parameters and tags stay, and points are dropped at steps that the store has.
+
+    Attributes:
+        more_to_come: Whether success of the trainer, which is told after training already, leaves the run open.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class MLflowTracker(Logger):
         self._system_step = 0
         self._monitor: SystemMetrics | None = None
         self._patience = _PATIENCE
+        self.more_to_come = False
 
     def describe(self, experiment_name: str, run_name: str, tags: Mapping[str, str]) -> None:
         """Fill in what the user has not named, before the run is opened."""
@@ -146,8 +150,7 @@ class MLflowTracker(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics at a step. Test results are of the run as a whole: step 0, where MLflow draws them as bars.
 
-        MLflow stores infinity as 1.8e308, which no chart survives: a value that is not finite becomes the tag
-        ``diverged`` instead.
+        No chart survives what MLflow makes of infinity: a value that is not finite becomes the tag ``diverged``.
         """
         if lost := [key for key, value in metrics.items() if not math.isfinite(value)]:
             self.log_tags({"diverged": f"{', '.join(lost)} at step {step}"})
@@ -203,11 +206,8 @@ class MLflowTracker(Logger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Close the run as FINISHED, as FAILED where training raised, or as KILLED where it was told to stop.
-
-        It waits for the store, but not for long.
-        """
-        if self._spool is None:
+        """Close the run as FINISHED, FAILED where training raised, or KILLED; wait for the store, but not for long."""
+        if self._spool is None or (self.more_to_come and status == "success"):
             return
         end = _STATUS.get(status, "FINISHED")
         self._append({"status": {"status": end, "time": int(time.time() * 1000)}})

@@ -112,8 +112,10 @@ class LanguageModelCLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Name the run after what it compares."""
+        """Name the run after what it compares, and keep it open to the end of the command."""
         tracker, model = tracker_of(self.trainer), self.model
+        if tracker:
+            tracker.more_to_come = bool(self.subcommand)
         if tracker and isinstance(model, LanguageModel):
             seed, dataset = str(self._get(self.config, "seed_everything")), str(self.datamodule.name)
             activation, n_experts = model.head.name.rsplit(" x", 1)
@@ -208,6 +210,7 @@ class LanguageModelCLI(LightningCLI):
             print(f"Run {tracker.run_name!r}: {tracker.run_id} in {without_password(tracker.tracking_uri)}")
             if tracker.experiment_id:
                 print(f"Compare: {comparison_url(tracker.tracking_uri, tracker.experiment_id)}")
+            tracker.more_to_come = False
             tracker.finalize()
 
 
