@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -102,13 +104,15 @@ def verify(path: str | Path) -> None:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is cut short, damaged, or no checkpoint.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: it is cut short, or another kind of file"
-        ) from None
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        # A flipped bit in the archive's directory asks for another compression, a password, a place before the file ...
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError):
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint: it is cut short, damaged, or another kind of file"
+            ) from None
     if damaged:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged in {damaged}")
 

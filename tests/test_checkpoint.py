@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lit_sigsoftmax import LanguageModel
 from lit_sigsoftmax.backbones import RecurrentBackbone
 from lit_sigsoftmax.callbacks import LastCheckpoint, RunCheckpoint
-from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, previous_path
+from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, previous_path, verify
 from lit_sigsoftmax.cli import main
 from lit_sigsoftmax.data import Corpus, CorpusDataModule
 
@@ -89,6 +89,20 @@ def test_a_damaged_file_is_named(kind, file):
     damage(file, kind)
     with pytest.raises(CheckpointError, match=f"{re.escape(str(file))} cannot be read as a checkpoint"):
         CheckpointFiles().load_checkpoint(file)
+
+
+def test_a_bit_that_is_flipped_in_the_directory_of_the_archive_is_damage_or_nothing(file):
+    """There it may ask for another compression, a password or a place before the file."""
+    data, refused = file.read_bytes(), 0
+    for position in range(data.index(b"PK\x01\x02") * 8, len(data) * 8):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        file.write_bytes(flipped)
+        try:
+            verify(file)
+        except CheckpointError:
+            refused += 1
+    assert refused > 1000
 
 
 class Attack:
