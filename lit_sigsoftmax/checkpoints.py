@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointFiles",
     "CheckpointWriteError",
     "keep_previous",
+    "open_checkpoint",
     "previous_path",
     "readable_last",
     "verify",
@@ -117,6 +118,27 @@ def verify(path: str | Path) -> None:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged in {damaged}")
 
 
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Check a file and open it; the weights are read when they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is damaged, no checkpoint, or holds something other than data.
+    """
+    verify(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except UnpicklingError as error:
+        raise CheckpointError(f"{path} is refused, it holds more than data: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a foreign file may break torch's reader anywhere
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__} {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
 def previous_path(path: str | Path) -> Path:
     """Return where :func:`keep_previous` keeps a checkpoint."""
     return Path(path).with_name(f"{Path(path).stem}-previous{Path(path).suffix}")
@@ -137,14 +159,14 @@ def keep_previous(path: str | Path) -> None:
     os.replace(temporary, previous)
 
 
-def readable_last(folder: str | Path) -> Path | None:
-    """Return a run's last checkpoint, or with a warning the one before it where the last is damaged or missing.
+def readable_last(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """Open a run's last checkpoint, or with a warning the one before it where the last cannot be used.
 
     Args:
         folder: The run's folder of checkpoints.
 
     Returns:
-        The path, None where the folder has neither.
+        The path and what :func:`open_checkpoint` returns, None where the folder has neither.
 
     Raises:
         CheckpointError: Neither can be read.
@@ -153,7 +175,7 @@ def readable_last(folder: str | Path) -> Path | None:
     errors = []
     for path in (last, previous_path(last)):
         try:
-            verify(path)
+            checkpoint = open_checkpoint(path)
         except FileNotFoundError:
             errors.append(f"there is no {path}")
         except CheckpointError as error:
@@ -161,7 +183,7 @@ def readable_last(folder: str | Path) -> Path | None:
         else:
             if errors:
                 rank_zero_warn(f"{errors[0]}; going on from the one before it, {path.name}")
-            return path
+            return path, checkpoint
     if not last.exists() and not previous_path(last).exists():
         return None
     raise CheckpointError("; ".join(errors))
