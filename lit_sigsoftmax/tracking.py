@@ -150,7 +150,7 @@ class MLflowTracker(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics at a step, test results at step 0 (MLflow draws bars); what is not finite is a tag, ``diverged``."""
+        """Log metrics of a step, test results at step 0 (drawn as bars); what is not finite is a tag ``diverged``."""
         if lost := [key for key, value in metrics.items() if not math.isfinite(value)]:
             self.log_tags({"diverged": f"{', '.join(lost)} at step {step}"})
         now = int(time.time() * 1000)
