@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +22,7 @@ __all__ = [
     "CheckpointFiles",
     "CheckpointWriteError",
     "keep_previous",
+    "open_checkpoint",
     "previous_path",
     "readable_last",
     "verify",
@@ -102,15 +105,38 @@ def verify(path: str | Path) -> None:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is cut short, damaged, or no checkpoint.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: it is cut short, or another kind of file"
-        ) from None
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        # A flipped bit in the archive's directory asks for another compression, a password, a place before the file ...
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError):
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint: it is cut short, damaged, or another kind of file"
+            ) from None
     if damaged:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged in {damaged}")
+
+
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Check a file and open it; the weights are read when they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is damaged, no checkpoint, or holds something other than data.
+    """
+    verify(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except UnpicklingError as error:
+        raise CheckpointError(f"{path} is refused, it holds more than data: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a foreign file may break torch's reader anywhere
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__} {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
 
 
 def previous_path(path: str | Path) -> Path:
@@ -133,14 +159,14 @@ def keep_previous(path: str | Path) -> None:
     os.replace(temporary, previous)
 
 
-def readable_last(folder: str | Path) -> Path | None:
-    """Return a run's last checkpoint, or with a warning the one before it where the last is damaged or missing.
+def readable_last(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """Open a run's last checkpoint, or with a warning the one before it where the last cannot be used.
 
     Args:
         folder: The run's folder of checkpoints.
 
     Returns:
-        The path, None where the folder has neither.
+        The path and what :func:`open_checkpoint` returns, None where the folder has neither.
 
     Raises:
         CheckpointError: Neither can be read.
@@ -149,7 +175,7 @@ def readable_last(folder: str | Path) -> Path | None:
     errors = []
     for path in (last, previous_path(last)):
         try:
-            verify(path)
+            checkpoint = open_checkpoint(path)
         except FileNotFoundError:
             errors.append(f"there is no {path}")
         except CheckpointError as error:
@@ -157,7 +183,7 @@ def readable_last(folder: str | Path) -> Path | None:
         else:
             if errors:
                 rank_zero_warn(f"{errors[0]}; going on from the one before it, {path.name}")
-            return path
+            return path, checkpoint
     if not last.exists() and not previous_path(last).exists():
         return None
     raise CheckpointError("; ".join(errors))

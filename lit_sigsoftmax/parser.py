@@ -6,13 +6,15 @@ import difflib
 import inspect
 import re
 import sys
+import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-__all__ = ["Parser", "one_line"]
+__all__ = ["Parser", "one_line", "place"]
 
 # What jsonargparse says besides, of the alternatives that a type has and of a whole object.
 _ASIDES = re.compile(
@@ -37,6 +39,18 @@ def one_line(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     kept = " ".join(line for line in lines if line and not _ASIDES.match(line))
     return kept + _suggestion(kept)
+
+
+def place(error: BaseException) -> str:
+    """Return where an error arose, if in somebody else's class: it is then not a mistake in the command line."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    frames = traceback.extract_tb(cause.__traceback__)
+    known = ("lit_sigsoftmax", "lightning", "jsonargparse", "recipes")
+    if not frames or any(part in known for part in Path(frames[-1].filename).parts):
+        return ""
+    return f" ({type(cause).__name__} in {frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def _suggestion(message: str) -> str:

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sigsoftmax.checkpoints import LAST, CheckpointError, previous_path, readable_last
-from lit_sigsoftmax.tracking import flatten, open_client, store_root
+from lit_sigsoftmax.spool import spool_folder
+from lit_sigsoftmax.store import (
+    TrackingError,
+    find_run,
+    flatten,
+    impatient,
+    open_client,
+    reason,
+    store_root,
+    without_password,
+)
 
 __all__ = ["Resumption", "in_folder", "newest", "run_folder", "run_lock", "settings"]
 
@@ -69,37 +79,46 @@ def in_folder(folder: Path, own: Mapping[str, str]) -> Resumption | None:
     Raises:
         CheckpointError: It cannot be read, or is of another configuration.
     """
-    if (path := readable_last(folder)) is None:
+    if (found := readable_last(folder)) is None:
         return None
-    resumption, theirs = _read(path)
+    resumption, theirs = _resumption(*found)
     if differences := _differences(theirs, own):
         raise CheckpointError(
-            f"{path} is of another configuration: {differences}; make them equal, or use another folder or run"
+            f"{found[0]} is of another configuration: {differences}; make them equal, or use another folder or run"
         )
     return resumption
 
 
-def newest(tracking_uri: str, own: Mapping[str, str], check_running: bool = True) -> Resumption:
+def newest(
+    tracking_uri: str, own: Mapping[str, str], check_running: bool = True, without_store: bool = False
+) -> Resumption:
     """Return the last checkpoint of the newest run of this configuration that has been interrupted.
 
     Args:
         tracking_uri: The store that says which runs have finished.
         own: The :func:`settings` of the run that is to go on.
         check_running: Whether runs that a process is training now are left out.
+        without_store: Whether runs count as unfinished where the store does not answer.
 
     Raises:
-        CheckpointError: There is none, or it cannot be read.
+        CheckpointError: There is none that can be read.
+        TrackingError: The store does not answer.
     """
     root = run_folder(tracking_uri, "")
     reasons = []
     for folder in _newest_first(root):
-        path = readable_last(folder)
-        if path is None:
+        try:
+            found = readable_last(folder)
+        except (CheckpointError, OSError) as error:
+            reasons.append(str(error))
+            rank_zero_warn(f"left out: {error}")
             continue
-        resumption, theirs = _read(path)
+        if found is None:  # removed meanwhile
+            continue
+        resumption, theirs = _resumption(*found)
         if differences := _differences(theirs, own):
             reasons.append(f"{folder.name} differs: {differences}")
-        elif _finished(tracking_uri, folder.name):
+        elif _finished(tracking_uri, folder.name, without_store):
             reasons.append(f"{folder.name} has finished")
         elif check_running and _running(folder):
             reasons.append(f"{folder.name} is still running")
@@ -118,9 +137,9 @@ def _newest_first(root: Path) -> Iterator[Path]:
     yield from sorted(times, key=lambda folder: times[folder], reverse=True)
 
 
-def _read(path: Path) -> tuple[Resumption, dict[str, str]]:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the weights are not read
-    return Resumption(path.resolve(), checkpoint.get("run_id")), checkpoint.get("settings", {})
+def _resumption(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Resumption, Mapping[str, str]]:
+    theirs = checkpoint.get("settings")  # of a foreign file, none or anything
+    return Resumption(path.resolve(), checkpoint.get("run_id")), theirs if isinstance(theirs, dict) else {}
 
 
 def _differences(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
@@ -128,13 +147,22 @@ def _differences(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
     return ", ".join(f"{key} is {theirs.get(key)}, here {own.get(key)}" for key in keys[:5])
 
 
-def _finished(tracking_uri: str, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
+def _finished(tracking_uri: str, run_id: str, without_store: bool) -> bool:
     try:
-        return bool(open_client(tracking_uri).get_run(run_id).info.status == "FINISHED")
-    except MlflowException:  # a run of another store
-        return True
+        with impatient():
+            run = find_run(open_client(tracking_uri), run_id)
+    except TrackingError:
+        raise
+    except Exception as error:
+        if without_store:
+            return False
+        raise TrackingError(
+            f"cannot ask the tracking store {without_password(tracking_uri)} which runs have finished "
+            f"({reason(error)}): start it, or go on without it: trainer.logger.init_args.on_outage=spool"
+        ) from error
+    if run is None:  # a run of another store, unless this one is still to be told
+        return not (spool_folder(tracking_uri) / run_id).exists()
+    return bool(run.info.status == "FINISHED")
 
 
 def _running(folder: Path) -> bool:

@@ -23,13 +23,15 @@ from lit_sigsoftmax.views import experiment_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import RunInfo
+    from mlflow.entities import Run, RunInfo
 
 __all__ = [
     "Started",
     "TrackingError",
     "create_run",
     "default_tracking_uri",
+    "find_run",
+    "flatten",
     "get_experiment",
     "impatient",
     "open_client",
@@ -180,6 +182,20 @@ def create_run(client: MlflowClient, tracking_uri: str, header: Mapping[str, Any
     return client.create_run(experiment_id, header["start_time"], tags, header["run_name"]).info
 
 
+def find_run(client: MlflowClient, run_id: str) -> Run | None:
+    """Return a run by its id, or by the local id with which it was begun; None where the store knows neither."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.local_id = '{run_id}'", max_results=1)
+    return found[0] if found else None
+
+
 class Started(NamedTuple):
     """A run that has been begun: its store, where that answered, and where it stands there."""
 
@@ -194,7 +210,8 @@ def start_run(tracking_uri: str, header: Mapping[str, Any], without_store: bool)
 
     Args:
         tracking_uri: The store.
-        header: As :func:`create_run` takes it; ``run_id`` is that of a run to continue, or None.
+        header: As :func:`create_run` takes it; ``run_id`` is that of a run to continue, its local id
+            where it was begun with one, or None.
         without_store: Whether a run is given a local id where the store does not answer.
 
     Raises:
@@ -205,9 +222,12 @@ def start_run(tracking_uri: str, header: Mapping[str, Any], without_store: bool)
         with impatient():
             client = open_client(tracking_uri)
             if run_id := header["run_id"]:
-                run = client.get_run(run_id)
+                if (run := find_run(client, run_id)) is None:
+                    raise TrackingError(f"the tracking store {without_password(tracking_uri)} has no run {run_id}")
+                local = {"local_id": run_id} if run.info.run_id != run_id else {}
                 steps = [point.step for point in run.data._metric_objs if point.key.startswith("system/")]
-                return Started(client, dict(header), str(run.info.experiment_id), max(steps, default=-1) + 1)
+                found = {**header, **local, "run_id": str(run.info.run_id)}
+                return Started(client, found, str(run.info.experiment_id), max(steps, default=-1) + 1)
             info = create_run(client, tracking_uri, header)
             return Started(client, {**header, "run_id": str(info.run_id)}, str(info.experiment_id))
     except TrackingError:
@@ -221,7 +241,7 @@ def start_run(tracking_uri: str, header: Mapping[str, Any], without_store: bool)
                 "later: trainer.logger.init_args.on_outage=spool"
             ) from error
         _log.warning("the tracking store %s does not answer (%s): the run is spooled", address, why)
-        local = {} if header["run_id"] else {"local_id": uuid.uuid4().hex}
+        local = {} if header["run_id"] or header.get("local_id") else {"local_id": uuid.uuid4().hex}
         return Started(client, {**header, **local})
 
 
@@ -249,3 +269,16 @@ def _turn(tracking_uri: str) -> Any:
         return nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock")
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``("model.activation", "sigsoftmax")`` and so on from a nested configuration.
+
+    ``init_args`` is left out of the names, a ``class_path`` stands for the object that it makes, and None is dropped.
+    """
+    for key, value in params.items():
+        name = prefix if key in ("init_args", "class_path") and prefix else f"{prefix}.{key}" if prefix else key
+        if isinstance(value, Mapping):
+            yield from flatten(value, name)
+        elif value is not None:
+            yield name, value

@@ -9,7 +9,8 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from lit_sigsoftmax.spool import Spool, spool_folder
 from lit_sigsoftmax.store import (
     TrackingError,
     default_tracking_uri,
+    flatten,
     open_client,
     sqlite_path,
     start_run,
@@ -61,6 +63,9 @@ class MLflowTracker(Logger):
             trains without it; the run gets a local id, which names its checkpoints' folder and becomes its tag
             ``local_id``, and is created when the store is there.
         run_id: A run to continue. Its parameters and tags stay, and points are dropped at steps that the store has.
+
+    Attributes:
+        more_to_come: Whether success of the trainer, which is told after training already, leaves the run open.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class MLflowTracker(Logger):
         self._system_step = 0
         self._monitor: SystemMetrics | None = None
         self._patience = _PATIENCE
+        self.more_to_come = False
 
     def describe(self, experiment_name: str, run_name: str, tags: Mapping[str, str]) -> None:
         """Fill in what the user has not named, before the run is opened."""
@@ -144,11 +150,7 @@ class MLflowTracker(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics at a step. Test results are of the run as a whole: step 0, where MLflow draws them as bars.
-
-        MLflow stores infinity as 1.8e308, which no chart survives: a value that is not finite becomes the tag
-        ``diverged`` instead.
-        """
+        """Log metrics of a step, test results at step 0 (drawn as bars); what is not finite is a tag ``diverged``."""
         if lost := [key for key, value in metrics.items() if not math.isfinite(value)]:
             self.log_tags({"diverged": f"{', '.join(lost)} at step {step}"})
         now = int(time.time() * 1000)
@@ -202,12 +204,16 @@ class MLflowTracker(Logger):
         return self._spool is None or self._spool.wait(patience)
 
     @rank_zero_only
-    def finalize(self, status: str = "success") -> None:
-        """Close the run as FINISHED, as FAILED where training raised, or as KILLED where it was told to stop.
+    def save_journal(self) -> None:
+        """Have what has been logged until now on the disk itself, where it outlives a power cut."""
+        if self._spool is not None:
+            with suppress(OSError):  # a disk that fails is not the training's concern
+                self._spool.journal.save()
 
-        It waits for the store, but not for long.
-        """
-        if self._spool is None:
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Close the run as FINISHED, FAILED where training raised, or KILLED; wait for the store, but not for long."""
+        if self._spool is None or (self.more_to_come and status == "success"):
             return
         end = _STATUS.get(status, "FINISHED")
         self._append({"status": {"status": end, "time": int(time.time() * 1000)}})
@@ -255,10 +261,13 @@ class MLflowTracker(Logger):
             "run_id": self._run_id,
             "continued": self.continued,
         }
+        begun = spool_folder(self.tracking_uri) / str(self._run_id) / "run.json"
+        if self.continued and begun.exists():  # the store may not have been told of the run yet
+            header |= json.loads(begun.read_text())
         started = start_run(self.tracking_uri, header, without_store=self.on_outage == "spool")
         self._client, self._experiment_id = started.client, started.experiment_id
         self._system_step = started.system_step
-        self._run_id = started.header["run_id"] or started.header["local_id"]
+        self._run_id = started.header.get("local_id") or started.header["run_id"]  # as its folders are called
         return started.header
 
     def _start_monitor(self) -> None:
@@ -289,16 +298,3 @@ class MLflowTracker(Logger):
 def tracker_of(trainer: Trainer) -> MLflowTracker | None:
     """Return the trainer's tracker, if it has one."""
     return next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``("model.activation", "sigsoftmax")`` and so on from a nested configuration.
-
-    ``init_args`` is left out of the names, a ``class_path`` stands for the object that it makes, and None is dropped.
-    """
-    for key, value in params.items():
-        name = prefix if key in ("init_args", "class_path") and prefix else f"{prefix}.{key}" if prefix else key
-        if isinstance(value, Mapping):
-            yield from flatten(value, name)
-        elif value is not None:
-            yield name, value

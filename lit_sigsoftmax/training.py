@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any
 
@@ -20,15 +18,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_sigsoftmax.callbacks import LastCheckpoint, RankWatch, RunCheckpoint, RunRecorder, Throughput, TokenLosses
-from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, verify
+from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, open_checkpoint
 from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.faults import TrainingError
 from lit_sigsoftmax.module import LanguageModel
-from lit_sigsoftmax.parser import Parser
+from lit_sigsoftmax.parser import Parser, place
 from lit_sigsoftmax.resume import in_folder, newest, run_folder, settings
 from lit_sigsoftmax.scoring import score_table
-from lit_sigsoftmax.store import TrackingError, default_tracking_uri, without_password
-from lit_sigsoftmax.tracking import flatten, tracker_of
+from lit_sigsoftmax.store import TrackingError, default_tracking_uri, flatten, without_password
+from lit_sigsoftmax.tracking import tracker_of
 from lit_sigsoftmax.views import comparison_url
 
 __all__ = ["LanguageModelCLI", "recipe_path", "resolve_recipes", "run", "silence_noise"]
@@ -101,7 +99,7 @@ class LanguageModelCLI(LightningCLI):
             super().instantiate_classes()
             self.datamodule.check(self.trainer.world_size)
         except (MisconfigurationException, OSError, TypeError, ValueError) as error:
-            self.parser.error(f"{error}{_place(error)}")
+            self.parser.error(f"{error}{place(error)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with checkpoint files that survive a crash and a progress bar that costs little."""
@@ -120,8 +118,10 @@ class LanguageModelCLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Name the run after what it compares."""
+        """Name the run after what it compares, and keep it open to the end of the command."""
         tracker, model = tracker_of(self.trainer), self.model
+        if tracker:
+            tracker.more_to_come = bool(self.subcommand)
         if tracker and isinstance(model, LanguageModel):
             seed, dataset = str(self._get(self.config, "seed_everything")), str(self.datamodule.name)
             activation, n_experts = model.head.name.rsplit(" x", 1)
@@ -131,13 +131,11 @@ class LanguageModelCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         self._find_checkpoint()
+        if self.config.get("subcommand") == "fit":
+            return  # trains what is configured; a checkpoint of another model is refused when it is loaded
         # LightningCLI lets the checkpoint's hyperparameters win without a word.
         before = dict(flatten(self._model_config()))
-        try:
-            super()._parse_ckpt_path()
-        except (EOFError, RuntimeError, UnpicklingError) as error:
-            path = self.config[self.config.subcommand]["ckpt_path"]
-            self.parser.error(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}")
+        super()._parse_ckpt_path()
         for key, value in flatten(self._model_config()):
             if key in before and before[key] != value:
                 rank_zero_warn(f"model.{key} is {value!r} as in the checkpoint, not {before[key]!r} as configured")
@@ -153,7 +151,7 @@ class LanguageModelCLI(LightningCLI):
             elif path == "last":
                 self.parser.error("last is for fit: give the path of a checkpoint, a run's tag checkpoint.last says it")
             elif path and path not in _KEYWORDS and "://" not in path:
-                verify(path)
+                open_checkpoint(path)
         except FileNotFoundError:
             self.parser.error(f"no checkpoint at {path}: give the path of a .ckpt file with ckpt_path")
         except (CheckpointError, OSError) as error:
@@ -174,7 +172,9 @@ class LanguageModelCLI(LightningCLI):
                     f"no checkpoint to go on from in {folder}: leave out ckpt_path to start from the beginning"
                 )
         elif config["ckpt_path"]:
-            found = newest(uri, own, check_running=getattr(rank_zero_only, "rank", 0) == 0)
+            found = newest(
+                uri, own, getattr(rank_zero_only, "rank", 0) == 0, (tracker or {}).get("on_outage") == "spool"
+            )
         config["ckpt_path"] = str(found.path) if found else None
         os.environ[_CHOSEN] = f"{os.getpid()} {config['ckpt_path'] or ''}"
         if found and tracker is not None and found.run_id:
@@ -183,6 +183,21 @@ class LanguageModelCLI(LightningCLI):
     def _model_config(self) -> dict[str, object]:
         command = self.config.get("subcommand")
         return self.config[command]["model"].as_dict() if command else {}
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train.
+
+        Raises:
+            CheckpointError: The weights to go on from are of another model.
+        """
+        try:
+            self.trainer.fit(**kwargs)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{kwargs['ckpt_path']} is of another model: {' '.join(str(error).split())}"
+            ) from error
 
     def after_fit(self) -> None:
         """Test the best checkpoint in the same run."""
@@ -216,6 +231,7 @@ class LanguageModelCLI(LightningCLI):
             print(f"Run {tracker.run_name!r}: {tracker.run_id} in {without_password(tracker.tracking_uri)}")
             if tracker.experiment_id:
                 print(f"Compare: {comparison_url(tracker.tracking_uri, tracker.experiment_id)}")
+            tracker.more_to_come = False
             tracker.finalize()
 
 
@@ -226,18 +242,6 @@ def _tracker_arguments(config: Any) -> Any:
         if "run_id" in (getattr(logger, "init_args", None) or {}):
             return logger.init_args
     return None
-
-
-def _place(error: BaseException) -> str:
-    # An error in somebody else's class is not a mistake in the command line: say where it is.
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    frames = traceback.extract_tb(cause.__traceback__)
-    known = ("lit_sigsoftmax", "lightning", "jsonargparse", "recipes")
-    if not frames or any(part in known for part in Path(frames[-1].filename).parts):
-        return ""
-    return f" ({type(cause).__name__} in {frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:

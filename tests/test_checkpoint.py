@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import resource
@@ -6,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import NO_SYSTEM_METRICS, SMALL
+from cli_helpers import NO_SYSTEM_METRICS, SMALL, Store
 from lightning.pytorch import Trainer
 
 from lit_sigsoftmax import LanguageModel
 from lit_sigsoftmax.backbones import RecurrentBackbone
 from lit_sigsoftmax.callbacks import LastCheckpoint, RunCheckpoint
-from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, previous_path
+from lit_sigsoftmax.checkpoints import CheckpointError, CheckpointFiles, CheckpointWriteError, previous_path, verify
 from lit_sigsoftmax.cli import main
 from lit_sigsoftmax.data import Corpus, CorpusDataModule
+from lit_sigsoftmax.journal import Journal
+from lit_sigsoftmax.spool import sync
 
 WORDS = ["<eos>", "a", "b", "c"]
 
@@ -91,6 +94,20 @@ def test_a_damaged_file_is_named(kind, file):
         CheckpointFiles().load_checkpoint(file)
 
 
+def test_a_bit_that_is_flipped_in_the_directory_of_the_archive_is_damage_or_nothing(file):
+    """There it may ask for another compression, a password or a place before the file."""
+    data, refused = file.read_bytes(), 0
+    for position in range(data.index(b"PK\x01\x02") * 8, len(data) * 8):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        file.write_bytes(flipped)
+        try:
+            verify(file)
+        except CheckpointError:
+            refused += 1
+    assert refused > 1000
+
+
 class Attack:
     def __reduce__(self):
         return os.system, ("touch attacked",)
@@ -117,6 +134,7 @@ def test_a_full_disk_keeps_the_old_file(file):
     assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
 
 
+LOGGER = "--trainer.logger.init_args"
 FIT = ("fit", *SMALL, NO_SYSTEM_METRICS, "--trainer.accelerator=cpu")
 
 
@@ -147,8 +165,6 @@ AGAIN = (*FIT, "--trainer.max_epochs=2", "--model=broken.Broken", "--last_checkp
 @pytest.fixture
 def place(interrupted, tmp_path, monkeypatch, empty_store):
     """A copy of that store, in which the mistake is mended, and the run's folder of checkpoints."""
-    from cli_helpers import Store
-
     store, run_id = interrupted
     shutil.copytree(store.folder, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
@@ -207,6 +223,86 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+def test_a_file_that_tries_to_run_code_is_stood_in_for(place):
+    store, folder = place
+    torch.save({"weights": Attack()}, folder / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"is refused, it holds more.*the one before it, last-previous\.ckpt"):
+        main([*AGAIN, "--ckpt_path=last"])
+    assert not Path("attacked").exists()
+    assert store.steps(store.run(), "train/loss") == list(range(10))
+
+
+@pytest.mark.parametrize("content", [{"weights": Attack()}, [1, 2], b"PK"], ids=["code", "a list", "no archive"])
+def test_a_foreign_folder_does_not_keep_a_run_from_going_on(content, place):
+    store, folder = place
+    foreign = folder.with_name("foreign")
+    foreign.mkdir()
+    torch.save(content, foreign / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"left out: .*foreign.last\.ckpt"):
+        main([*AGAIN, "--ckpt_path=last"])
+    assert store.steps(store.run(), "train/loss") == list(range(10))
+
+
+def test_a_moved_folder_keeps_its_best_checkpoint(place):
+    """The mistake came after the validation that made it."""
+    _, folder = place
+    moved = folder.rename(folder.with_name("moved")).resolve()
+    main([*AGAIN, f"--checkpoint.dirpath={moved}"])
+    state = torch.load(moved / "last.ckpt", weights_only=True)["callbacks"]
+    (best,) = [state for name, state in state.items() if name.startswith("RunCheckpoint")]
+    (kept,) = moved.glob("best-*.ckpt")
+    assert list(best["best_k_models"]) == [best["best_model_path"]] == [str(kept)]
+
+
+def test_a_store_that_is_away_is_no_finished_run(place, capsys):
+    store, _ = place
+    away = [*AGAIN, "--ckpt_path=last", f"{LOGGER}.tracking_uri=http://127.0.0.1:9"]
+    assert "which runs have finished (Connection refused): start it" in refuse(away, capsys)
+    main([*away, f"{LOGGER}.on_outage=spool"])
+    main([*AGAIN, "--ckpt_path=last"])  # what was spooled is sent
+    assert store.steps(store.run(), "train/loss") == list(range(10))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told of the run", "not told"])
+def test_a_run_begun_without_the_store_goes_on_once_it_is_back(told, place, tmp_path, empty_store, monkeypatch):
+    shutil.rmtree("mlruns")
+    Path("mended").unlink()
+    spooled = [f"{LOGGER}.tracking_uri=http://127.0.0.1:9", f"{LOGGER}.on_outage=spool"]
+    monkeypatch.setattr("lit_sigsoftmax.tracking._PATIENCE", 0.1)
+    with pytest.raises(KeyError):
+        main([*AGAIN, *spooled])
+    Path("mended").touch()
+    (spool,) = Path("mlruns", "spool").iterdir()
+    back = Store(tmp_path / "copy")
+    shutil.copy(empty_store, "mlruns/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", back.uri)
+    header = json.loads((spool / "run.json").read_text())
+    (spool / "run.json").write_text(json.dumps({**header, "tracking_uri": back.uri}))
+    if told:
+        assert sync(back.uri) == 1
+    main([*AGAIN, "--ckpt_path=last"])
+    run = back.run()
+    assert (run.info.status, run.data.tags["local_id"]) == ("FINISHED", spool.name)
+    assert back.steps(run, "train/loss") == list(range(10))
+    assert not spool.exists()
+
+
+def test_what_was_logged_is_on_the_disk_before_the_checkpoint(store, monkeypatch):
+    order = []
+    for cls, name in ((Journal, "save"), (CheckpointFiles, "save_checkpoint")):
+        method = getattr(cls, name)
+
+        def noted(*args, method=method, name=name, **kwargs):
+            order.append(name)
+            method(*args, **kwargs)
+
+        monkeypatch.setattr(cls, name, noted)
+    main([*FIT, "--last_checkpoint.every_n_steps=1"])
+    last = [i for i, name in enumerate(order) if name == "save"]
+    assert len(last) >= 5
+    assert {order[i + 1] for i in last} == {"save_checkpoint"}
+
+
 def refuse(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -262,14 +358,15 @@ def test_a_run_under_way_is_left_alone(place, capsys):
     [
         (["--data.vocab_size=21", "--data.rank=5"], "vocab_size 20, here 21"),
         (["--model.activation=sigmoid"], "'softmax', here 'sigmoid'"),
+        (["--model.n_experts=2"], "n_experts 1, here 2"),
+        (["--model.backbone.num_layers=2"], "layers.1.weight_ih_l0"),
         (["--data.seed=3"], "another text"),
         (["--data.bptt=20"], "segments"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_refused_with_the_reason(arguments, named, place, capsys, monkeypatch):
+def test_a_checkpoint_of_something_else_is_refused_with_the_reason(arguments, named, place, capsys):
     """Also where the path of a checkpoint is given, which starts a new run from it."""
     _, folder = place
-    monkeypatch.setattr("lit_sigsoftmax.training.LightningCLI._parse_ckpt_path", lambda cli: None)
     path = folder / "last.ckpt"
     assert named in refuse([*AGAIN, *arguments, f"--ckpt_path={path}"], capsys)
 

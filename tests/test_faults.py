@@ -1,7 +1,7 @@
 """What goes wrong in a training step is said with the remedy, and harms nothing that was good."""
 
 import math
-from signal import SIGTERM
+from signal import SIGKILL, SIGTERM
 
 import pytest
 import torch
@@ -158,20 +158,24 @@ from lit_sigsoftmax import LanguageModel
 class Slow(LanguageModel):
     def test_step(self, batch, batch_idx):
         super().test_step(batch, batch_idx)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGNAL)
         time.sleep(60)
 """
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_test_ends_the_run_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("signum", "code", "status"), [(SIGTERM, 128 + SIGTERM, "KILLED"), (SIGKILL, -SIGKILL, "RUNNING")]
+)
+def test_a_signal_during_the_test_ends_the_run_at_once(signum, code, status, tmp_path):
     """And the run goes on with its test."""
-    (tmp_path / "slow.py").write_text(HANGING)
+    hanging = HANGING.replace("SIGNAL", signum.name)
+    (tmp_path / "slow.py").write_text(hanging)
     words = ["fit", *SMALL, NO_SYSTEM_METRICS, "--trainer.accelerator=cpu", "--model=slow.Slow"]
     run = Run(words, tmp_path)
-    assert run.wait() == [128 + SIGTERM], run.output
-    assert Store(tmp_path).run().info.status == "KILLED"
-    (tmp_path / "slow.py").write_text(HANGING.replace("os.kill(os.getpid(), signal.SIGTERM)", "return"))
+    assert run.wait() == [code], run.output
+    assert Store(tmp_path).run().info.status == status
+    (tmp_path / "slow.py").write_text(hanging.replace(f"os.kill(os.getpid(), signal.{signum.name})", "return"))
     again = Run([*words, "--ckpt_path=last"], tmp_path)
     assert again.wait() == [0], again.output
     run = Store(tmp_path).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -56,3 +56,17 @@ class RunCheckpoint(ModelCheckpoint):
             folder = Path(tracker.save_dir, "checkpoints", str(tracker.run_id)).resolve()
             self.dirpath = trainer.strategy.broadcast(str(folder))
         super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up which checkpoints are the best, also where their folder has been moved with them."""
+        moved = {key: self._here(state_dict.get(key)) for key in ("best_model_path", "kth_best_model_path")}
+        if self.dirpath and moved["best_model_path"]:
+            best = {self._here(path): score for path, score in state_dict.get("best_k_models", {}).items()}
+            best.pop(None, None)
+            kept = {key: path or "" for key, path in moved.items()}
+            state_dict = {**state_dict, **kept, "best_k_models": best, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+    def _here(self, path: str | None) -> str | None:
+        here = Path(str(self.dirpath), Path(path or "").name)
+        return str(here) if path and here.is_file() else None

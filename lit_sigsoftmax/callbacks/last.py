@@ -201,6 +201,8 @@ class LastCheckpoint(RunCheckpoint):
         # A last checkpoint from which this run did not go on was damaged: the one before it is worth more.
         if trainer.is_global_zero and self._path in (self._last_checkpoint_saved, str(trainer.ckpt_path)):
             keep_previous(self._path)
+        if tracker := tracker_of(trainer):
+            tracker.save_journal()  # what was logged before the checkpoint is not logged again
         self._saving = True
         try:
             self._save_checkpoint(trainer, self._path)
