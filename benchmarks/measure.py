@@ -87,9 +87,13 @@ def extra_memory(step: Callable[[], Sequence[Tensor]], device: torch.device) -> 
     growth of the resident set: call this once in a fresh process (:func:`in_child`). None where the system does not
     tell.
     """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: freed blocks go back to the system at once
+    libc = ctypes.CDLL(None)
+    glibc = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if glibc:  # freed blocks go back to the system at once
         libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
     step()
+    if glibc:  # and those that this process has from the one before
+        libc.malloc_trim(0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
