@@ -17,7 +17,7 @@ FIT = (
     *SMALL,
     NO_SYSTEM_METRICS,
     "--trainer.accelerator=cpu",
-    "--trainer.max_epochs=3",
+    "--trainer.max_epochs=5",
     "--trainer.accumulate_grad_batches=2",
     "--trainer.val_check_interval=4",
     "--data.bptt=15",
@@ -26,7 +26,7 @@ FIT = (
     "--model.backbone.input_dropout=0.1",
     "--model.n_experts=2",
     "--model.activation=sigsoftmax",
-    "--last_checkpoint.every_n_steps=3",
+    "--last_checkpoint.every_n_steps=1",
 )
 SEED = 0
 OF_THE_RUN = ("best_model_path", "kth_best_model_path", "dirpath", "best_k_models", "run_id", "seconds")
@@ -43,23 +43,24 @@ def reference(request, tmp_path_factory):
 
 def interruptions(calls, processes):
     """What happens to the run, to which process, and with which exit code that ends."""
-    rng = random.Random(SEED)
-    moments = [(rng.randrange(calls // 20, calls // 10), None)]  # later than the first checkpoint
-    moments += [(rng.randrange(1, calls // 20), None) for _ in range(13)]
-    # And surely in the middle of a validation, and of the first, second and third checkpoint.
-    moments += [(rng.randrange(1, 1000), "_evaluation_step")]
-    moments += [(rng.randrange(400 * i, 400 * i + 400), "save_checkpoint") for i in range(3)]
-    for i, (call, inside) in enumerate(moments):
-        yield AtCall(call, SIGKILL, inside), i % processes, -SIGKILL
-    yield AtCall(rng.randrange(1, calls // 20), SIGTERM), 0, 128 + SIGTERM
-    yield AtCall(rng.randrange(1, calls // 20), SIGINT), 0, 128 + SIGINT
-    yield AtCall(rng.randrange(1, calls // 20), error=KeyError("somebody's mistake")), 0, 1
+    rng, step = random.Random(SEED), calls // 25
+    moments = [(rng.randrange(step, 3 * step), None, 0)]  # later than the first checkpoint
+    # Over the whole training, but not beyond its end: a restart takes calls too, of one process more for a step.
+    moments += [(rng.randrange(1, (4 - processes) * step), None, i % processes) for i in range(15)]
+    # And surely in the middle of a validation, and of the first, second and third checkpoint, which rank 0 writes.
+    moments += [(rng.randrange(1, 1000), "_evaluation_step", processes - 1)]
+    moments += [(rng.randrange(400 * i, 400 * i + 400), "save_checkpoint", 0) for i in range(3)]
+    for call, inside, rank in moments:
+        yield AtCall(call, SIGKILL, inside), rank, -SIGKILL
+    yield AtCall(rng.randrange(1, step), SIGTERM), 0, 128 + SIGTERM
+    yield AtCall(rng.randrange(1, step), SIGINT), 0, 128 + SIGINT
+    yield AtCall(rng.randrange(1, step), error=KeyError("somebody's mistake")), 0, 1
     yield FullDisk(2), 0, 1
 
 
 def test_an_interrupted_run_ends_as_one_that_never_was(reference, tmp_path):
     whole, processes, calls = reference
-    words = list(FIT)
+    words, kills, steps = list(FIT), 0, []
     for what, rank, code in interruptions(calls, processes):
         run = Run(words, tmp_path, processes, what, rank)
         codes = run.wait()
@@ -69,7 +70,14 @@ def test_an_interrupted_run_ends_as_one_that_never_was(reference, tmp_path):
         if processes == 2 and code < 0:
             assert codes[1 - rank] == 1
             assert f"error: rank {rank} (process {run.children[rank].pid})" in run.output
+        kills += code == -SIGKILL
+        steps.append(
+            torch.load(*Path(tmp_path).glob("mlruns/checkpoints/*/last.ckpt"), weights_only=True)["global_step"]
+        )
         words = [*FIT, "--ckpt_path=last"]
+    print(f"{processes} processes, {kills} SIGKILLs, {len(steps)} interruptions; continued from the steps {steps}")
+    assert kills == 20
+    assert len(set(steps)) > 5  # of 25: it is the state in the middle of training that is restored
     run = Run(words, tmp_path, processes)
     assert run.wait() == [0] * processes, run.output
     assert differences(last(whole), last(cut)) == []
