@@ -91,7 +91,7 @@ def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) > 1
         os.kill(process.pid, number)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=180)[1]
     finally:
         process.kill()
     wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family), 30)
