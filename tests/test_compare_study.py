@@ -79,13 +79,18 @@ def wait_until(condition, seconds=120):
     raise TimeoutError(f"{condition.__name__} did not come about")
 
 
+def listen():
+    """Answer Ctrl-C, which a shell's background commands inherit as ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
     Path("slow.py").write_text(SLOW)
     Path("slow").touch()
     command = ["compare", *TINY, "--activations", "slow.log_g", "softmax", "--study", "stopped"]
     command.append("--trainer.max_epochs=3")
-    process = subprocess.Popen([*SCRIPT, *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*SCRIPT, *command], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     try:
         wait_until(lambda: list(store.folder.rglob("last.ckpt")))
         family = psutil.Process(process.pid).children(recursive=True)
