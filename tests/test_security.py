@@ -57,7 +57,7 @@ def test_a_checkpoint_runs_nothing(trap, where, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["test", *SMALL, "--ckpt_path=hostile.ckpt"])
     assert exit_.value.code == 2
-    assert "hostile.ckpt cannot be read as a checkpoint" in capsys.readouterr().err
+    assert "hostile.ckpt is refused, it holds more than data" in capsys.readouterr().err
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         LanguageModel.load_from_checkpoint(tmp_path / "hostile.ckpt", backbone=backbone)
 
