@@ -15,7 +15,7 @@ import yaml
 
 from lit_sigsoftmax.compare.plan import PlannedRun, default_baseline, parse_seeds, plan
 from lit_sigsoftmax.compare.run import Share, shares
-from lit_sigsoftmax.tracking import default_tracking_uri
+from lit_sigsoftmax.store import default_tracking_uri
 from lit_sigsoftmax.training import resolve_recipes
 
 __all__ = ["Options", "read_options"]

@@ -218,7 +218,7 @@ def _check(sender: Connection, command_lines: list[list[str]]) -> None:
 
 
 def _params(config: Mapping[str, Any], corpus: Any) -> dict[str, str]:
-    from lit_sigsoftmax.tracking import flatten
+    from lit_sigsoftmax.store import flatten
 
     facts = {"fingerprint": corpus.fingerprint, "types": len(corpus.vocabulary)}
     return {key: str(value)[:6000] for key, value in flatten({**config, "corpus": facts})}

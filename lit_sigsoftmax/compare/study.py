@@ -14,7 +14,7 @@ from lit_sigsoftmax.compare.job import Job, find
 from lit_sigsoftmax.compare.options import Options
 from lit_sigsoftmax.compare.plan import PlannedRun, tuning_runs
 from lit_sigsoftmax.compare.results import study_runs
-from lit_sigsoftmax.tracking import store_root
+from lit_sigsoftmax.store import store_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -53,7 +52,7 @@ def uses_onednn() -> bool:
     """
     if not _onednn_works():
         return False
-    choice = os.environ.get(_VARIABLE) or _remembered(_measure)
+    choice = os.environ.get(_VARIABLE) or _remembered()
     if choice not in ("onednn", "torch"):
         raise ValueError(f"{_VARIABLE} is 'onednn' or 'torch', not {choice!r}")
     return choice == "onednn"
@@ -71,14 +70,14 @@ def _onednn_works() -> bool:
         return False
 
 
-def _remembered(measure: Callable[[], str]) -> str:
+def _remembered() -> str:
     machine = " ".join((torch.__version__, platform.machine(), _processor()))
     path = cache_dir() / f"gemm-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.txt"
     try:
         with exclusive(path):
             if not (path.exists() and path.read_text() in ("onednn", "torch")):
                 with atomic_write(path) as file:
-                    file.write(measure().encode())
+                    file.write(_measure().encode())
             return path.read_text()
     except OSError:  # nowhere to write, so nowhere to stay the same
         return "torch"

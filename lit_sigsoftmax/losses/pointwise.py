@@ -114,7 +114,7 @@ def _block(
     parameters: Sequence[Tensor],
     weigh: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    derivative = None if parameters else derivative_of(log_g)
+    derivative = derivative_of(log_g)  # none where there are parameters
     by_autograd = gradient and derivative is None
     z = logits.detach().requires_grad_(by_autograd)
     with torch.set_grad_enabled(by_autograd):
