@@ -19,6 +19,18 @@ def test_varied_keys_make_arms_and_name_them_shortly():
     assert {run.seed for run in runs[:8]} == {0}
 
 
+def test_an_arm_may_be_named_with_its_own_number_of_experts():
+    runs = plan(["softmax", "my.module.log_g", "softmax x4", "relu x2"], [1, 3], [0])
+    assert [run.arm for run in runs] == [
+        "softmax x1",
+        "my.module.log_g x1",
+        "softmax x4",
+        "relu x2",
+        "softmax x3",
+        "my.module.log_g x3",
+    ]
+
+
 def test_arms_of_one_seed_differ_in_one_key_at_a_time_from_their_neighbours():
     runs = [run for run in plan(["softmax", "relu"], [1, 4], [0], VARY) if run.seed == 0]
     base = set(runs[0].arguments)

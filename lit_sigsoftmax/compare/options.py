@@ -109,7 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--activations", nargs="+", default=["softmax", "sigsoftmax"], metavar="NAME")
+    add(
+        "--activations",
+        nargs="+",
+        default=["softmax", "sigsoftmax"],
+        metavar="NAME",
+        help="a name, or one with its own number of experts such as 'softmax x4'",
+    )
     add("--n_experts", nargs="+", type=int, default=[1], metavar="K")
     add("--seeds", nargs="+", default=["0"], metavar="SEED", help="such as 0 1 2 or 0..4")
     keys = functools.partial(add, nargs="+", action="append", default=[], metavar=("KEY", "VALUE"))

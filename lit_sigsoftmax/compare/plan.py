@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -56,20 +57,29 @@ def plan(
     """Return every combination once, seed by seed, so that a study stopped early has all its layers.
 
     Args:
-        activations: The output activations.
-        n_experts: The mixture sizes.
+        activations: The output activations; one such as ``softmax x4`` brings its own mixture size.
+        n_experts: The mixture sizes of the others.
         seeds: The seeds.
         vary: Further keys of the recipe with the values to combine.
+
+    Example:
+        >>> [run.arm for run in plan(["softmax", "sigsoftmax", "softmax x4"], [1], [0])]
+        ['softmax x1', 'sigsoftmax x1', 'softmax x4']
     """
+    layers = [layer for k in n_experts for layer in (_layer(name, k) for name in activations)]
     return list(
         dict.fromkeys(
             PlannedRun(activation, k, seed, varied)
             for seed in seeds
             for varied in grid(vary or {})
-            for k in n_experts
-            for activation in activations
+            for activation, k in layers
         )
     )
+
+
+def _layer(name: str, n_experts: int) -> tuple[str, int]:
+    own = re.fullmatch(r"(\S+) x([1-9]\d*)", name)
+    return (own[1], int(own[2])) if own else (name, n_experts)
 
 
 def grid(values: Mapping[str, Sequence[str]]) -> list[Settings]:
