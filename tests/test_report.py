@@ -145,6 +145,17 @@ def test_mistakes(again, capsys, arguments, named):
     assert not (again.folder / "nowhere").exists()
 
 
+def test_an_arm_that_diverged_is_named_where_it_cannot_be_drawn(store, capsys, tmp_path):
+    for layer, test in (("softmax x1", 100.0), ("sigsoftmax x1", 95.0), ("relu x1", 20_000.0)):
+        write_run(store, layer, 0, test)
+    run_report(capsys, "--study", "demo", "--out", str(tmp_path))
+    for name in ("perplexities", "speed", "curves"):
+        words = [word.strip() for word in ET.parse(tmp_path / "figures" / f"{name}.svg").getroot().itertext()]
+        assert "not drawn: relu x1 at 20,000" in words
+        assert {"softmax x1", "sigsoftmax x1"} <= set(words)
+        assert "relu x1" not in words
+
+
 def test_another_baseline(again, capsys, tmp_path):
     run_report(capsys, "--study", "demo", "--baseline", "sigsoftmax x1", "--out", str(tmp_path))
     assert "compared with <b>sigsoftmax x1</b>" in (tmp_path / "report.html").read_text()

@@ -22,6 +22,7 @@ _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BASELINE = "#808080"
 _STYLES = ("-", "--", ":", "-.")
 _INK = "#010203"  # becomes currentColor
+_FAR = 5  # times the best perplexity: an arm beyond it would press all the others into a line
 
 Curve = tuple[Sequence[int], Sequence[float]]
 
@@ -39,9 +40,10 @@ def learning_curves(study: Results, histories: Mapping[str, Curve]) -> str:
         study: The study.
         histories: Steps and values of each run, by its id.
     """
-    figure, axes = _figure("Validation perplexity", "training step", "perplexity (log scale)")
+    shown, title = _shown(study, "Validation perplexity")
+    figure, axes = _figure(title, "training step", "perplexity (log scale)")
     axes.set_yscale("log")
-    for arm, style in _styled(study):
+    for arm, style in shown:
         by_step: dict[int, list[float]] = {}
         for run in arm.runs:
             for step, value in zip(*histories.get(run.id, ((), ())), strict=True):
@@ -64,25 +66,26 @@ def perplexities(study: Results) -> str:
     """
     from scipy import stats
 
-    arms = study.finished
-    figure, axes = _figure("Test perplexity, 95 % intervals", "perplexity", "", rows=len(arms))
+    shown, title = _shown(study, "Test perplexity, 95 % intervals")
+    figure, axes = _figure(title, "perplexity", "", rows=len(shown))
     base = mean(study.arm(study.baseline).values("test/perplexity").values())
     axes.axvline(base, color=_BASELINE, linewidth=1, linestyle="--")
-    for row, (arm, style) in enumerate(_styled(study)):
+    for row, (arm, style) in enumerate(shown):
         values = list(arm.values("test/perplexity").values())
         half = stats.t.isf(0.025, len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         axes.plot(values, [row] * len(values), "o", color=style["color"], alpha=0.35, markersize=5)
         axes.errorbar(mean(values), row, xerr=half, fmt="D", color=style["color"], markersize=6, capsize=4)
-    axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    axes.set_yticks(range(len(shown)), [arm.name for arm, _ in shown])
     axes.invert_yaxis()
-    axes.margins(y=0.5 / len(arms))
+    axes.margins(y=0.5 / len(shown))
     return _svg(figure, "perplexities")
 
 
 def speed(study: Results) -> str:
     """Draw training speed against test perplexity, means over seeds."""
-    figure, axes = _figure("Speed against perplexity", "training tokens per second", "test perplexity")
-    for arm, style in _styled(study):
+    shown, title = _shown(study, "Speed against perplexity")
+    figure, axes = _figure(title, "training tokens per second", "test perplexity")
+    for arm, style in shown:
         rate = arm.values("train/tokens_per_second").values()
         if rate:
             x, y = mean(rate), mean(arm.values("test/perplexity").values())
@@ -122,13 +125,10 @@ def frequencies(study: Results, names: Sequence[str], differences: Mapping[str, 
         names: The buckets of training counts.
         differences: Of each arm but the baseline and each bucket, nats per token.
     """
-    figure, axes = _figure(
-        f"Loss against {study.arm(study.baseline).layer}, by training frequency",
-        "occurrences of the token in training",
-        "nats per token",
-    )
+    shown, title = _shown(study, f"Loss against {study.arm(study.baseline).layer}, by training frequency")
+    figure, axes = _figure(title, "occurrences of the token in training", "nats per token")
     axes.axhline(0, color=_BASELINE, linewidth=1, linestyle="--")
-    for arm, style in _styled(study):
+    for arm, style in shown:
         if arm.name in differences:
             axes.plot(range(len(names)), differences[arm.name], marker="o", label=arm.name, **style)
     axes.set_xticks(range(len(names)), names)
@@ -186,6 +186,19 @@ def _number(text: str | None) -> float | None:
         return None if text is None else float(text)
     except ValueError:
         return None
+
+
+def _shown(study: Results, title: str) -> tuple[list[tuple[Arm, dict[str, Any]]], str]:
+    """Return the arms to draw on one scale, and a title that names those that are too far away for it."""
+    means = {arm.name: mean(arm.values("test/perplexity").values()) for arm in study.finished}
+    far = {
+        name: value
+        for name, value in means.items()
+        if not value <= _FAR * min(means.values()) and name != study.baseline
+    }
+    if far:
+        title += "\nnot drawn: " + ", ".join(f"{name} at {value:,.0f}" for name, value in far.items())
+    return [(arm, style) for arm, style in _styled(study) if arm.name not in far], title
 
 
 def _styled(study: Results) -> list[tuple[Arm, dict[str, Any]]]:
