@@ -108,7 +108,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
     Raises:
         OSError: A local store's folder cannot be made.
-        TrackingError: A local store's file is no database.
+        TrackingError: A local store's file is no database, or may not be written.
     """
     from mlflow import MlflowClient
 
@@ -126,6 +126,12 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
 def _check_database(path: Path) -> None:
     # MLflow would try again for 100 s.
+    for place in (path, path.parent):  # SQLite keeps its journal beside the file
+        if not os.access(place, os.R_OK | os.W_OK):
+            raise TrackingError(
+                f"{place} may not be read and written (permission denied): allow it, or name another store with "
+                "trainer.logger.init_args.tracking_uri or MLFLOW_TRACKING_URI"
+            )
     try:
         with closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA schema_version")

@@ -1,7 +1,10 @@
 """A mistake on the command line or in a file: one line that says what is wrong, exit code 2, and no run."""
 
+import ctypes
 import http.server
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -267,6 +270,51 @@ def test_a_download_that_fails_is_told_before_any_run(recipe, answer, named, web
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+FORBIDDEN = {
+    "corpus file": ("corpus/valid.txt", 0o000, ["--data.root=corpus"], ["corpus/valid.txt", "ermission"]),
+    "corpus folder": ("corpus", 0o000, ["--data.root=corpus"], ["corpus", "ermission"]),
+    "recipe": ("recipe.yaml", 0o000, ["--config=recipe.yaml"], ["recipe.yaml", "not readable"]),
+    "store's folder": ("store", 0o500, [f"{STORE}=sqlite:///store/mlflow.db"], ["store", "ermission"]),
+    "store's file": (
+        "store/mlflow.db",
+        0o000,
+        [f"{STORE}=sqlite:///store/mlflow.db"],
+        ["store/mlflow.db", "ermission"],
+    ),
+    "store to read": (
+        "store/mlflow.db",
+        0o400,
+        [f"{STORE}=sqlite:///store/mlflow.db"],
+        ["store/mlflow.db", "ermission"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "mode", "arguments", "named"), FORBIDDEN.values(), ids=FORBIDDEN)
+def test_what_may_not_be_read_or_written_is_one_line(path, mode, arguments, named, tmp_path):
+    write_text_corpus(tmp_path / "corpus")
+    (tmp_path / "recipe.yaml").write_text("trainer:\n  max_epochs: 1\n")
+    (tmp_path / "store").mkdir()
+    if path.startswith("store/"):
+        (tmp_path / path).touch()
+    (tmp_path / path).chmod(mode)
+    command = [sys.executable, "-m", "lit_sigsoftmax", "fit", *CORPUS, *QUIET, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=_obey_permissions)
+    (tmp_path / path).chmod(0o700)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(errors)) == (2, 1), done.stderr
+    assert [name for name in named if name not in errors[0]] == []
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "mlruns").exists()
+
+
+def _obey_permissions() -> None:
+    # Root may read everything: the bounding set is what a new program keeps of that. Others have no such right to drop.
+    drop_from_bounding_set, override, read_search = 24, 1, 2
+    for capability in (override, read_search):
+        ctypes.CDLL(None).prctl(drop_from_bounding_set, capability, 0, 0, 0)
 
 
 LINE = " ".join(f"w{i % 12}" for i in range(600))
