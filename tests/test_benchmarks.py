@@ -151,3 +151,12 @@ def test_training_times_every_way_by_part(tmp_path):
         rate = result["tokens"][name.split(":")[0]] / sum(parts.values())
         assert rows(output)[name][0] == f"{rate:,.0f}"
     assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.mark.slow
+def test_outage_trains_with_and_without_a_server_and_finds_every_point(tmp_path):
+    recipe = ("--set", "data.max_tokens=30000", "trainer.max_epochs=1")
+    output, (result,) = run_benchmark("outage.py", "--repeats=1", *recipe, cwd=tmp_path)
+    assert result["seconds"].keys() == {"there", "frozen", "killed"}
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["seconds"].values())
+    assert rows(output)["there"][1].startswith("1.000")
