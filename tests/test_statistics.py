@@ -60,9 +60,22 @@ def test_holm_against_its_definition_and_over_all_comparisons():
     assert [one.adjusted_p for one in found.values()] == pytest.approx(holm([one.t_p for one in found.values()]))
 
 
+def test_holm_is_over_all_comparisons_also_where_each_layer_has_a_baseline_of_its_own():
+    layers = {f"{name} size={size}": seeds for size in (4, 8) for name, seeds in RESULTS.items()}
+    baselines = {layer: f"softmax x1 size={layer[-1]}" for layer in layers if not layer.startswith("softmax")}
+    found = compare_with_baseline(layers, baselines)
+    assert [(one.layer, one.baseline) for one in found] == list(baselines.items())
+    assert [one.adjusted_p for one in found] == pytest.approx(holm([one.t_p for one in found]))
+    assert [one.t_p for one in found] == [one.t_p for one in compared().values()] * 2
+    with pytest.raises(ValueError, match="no results of the baseline 'gone'"):
+        compare_with_baseline(layers, {"relu x1 size=4": "gone"})
+
+
 def test_the_sentence_says_what_came_out():
     found = compared()
-    assert found["sigsoftmax x1"].sentence == "lower than softmax x1 by 1.12, significant at 5 %; 5 seeds"
+    assert found["sigsoftmax x1"].sentence == (
+        "lower than softmax x1 by 1.12, significant at 5 % by the t-test (permutation p 0.062); 5 seeds"
+    )
     relu = found["relu x1"]
     assert relu.sentence == f"not significant at 5 %; 5 seeds can show differences above {relu.detectable:.2f}"
     worse = {name: {seed: -value for seed, value in found.items()} for name, found in RESULTS.items()}

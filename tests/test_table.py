@@ -89,9 +89,10 @@ def test_markdown_and_latex_hold_the_same_cells(told):
 
 
 def test_the_rank_is_a_column_where_it_was_measured(store):
-    write_run(store, "softmax x1", 0, 100.0, metrics={"test/log_prob_rank": 202.0})
+    write_run(store, "softmax x1", 0, 100.0, metrics={"test/log_prob_rank": 202.0, "test/effective_rank_1e-4": 23.0})
     study = read_study(store.client, ["demo"])
-    assert dict(zip(columns(study), rows(study)[0], strict=True))["rank"] == "202"
+    cells = dict(zip(columns(study), rows(study)[0], strict=True))
+    assert (cells["rank"], cells["eff. rank"]) == ("202", "23")
 
 
 def test_each_value_of_what_is_varied_has_its_own_baseline(store):

@@ -131,14 +131,10 @@ class Results:
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
-        """Each arm with a result against its baseline; Holm's correction is over the arms of one baseline."""
-        results: dict[str, dict[str, dict[int, float]]] = {}
-        for arm in self.finished:
-            base = self.baseline_of(arm)
-            family = results.setdefault(base, {base: self.arm(base).values("test/perplexity")})
-            family[arm.name] = arm.values("test/perplexity")
-        found = [one for base, family in results.items() for one in compare_with_baseline(family, base)]
-        return {one.layer: one for one in found}
+        """Each arm with a result against its baseline; Holm's correction is over all of them."""
+        results = {arm.name: arm.values("test/perplexity") for arm in self.finished}
+        baselines = {arm.name: base for arm in self.finished if (base := self.baseline_of(arm)) != arm.name}
+        return {one.layer: one for one in compare_with_baseline(results, baselines)}
 
     def arm(self, name: str) -> Arm:
         """Return an arm by its name."""

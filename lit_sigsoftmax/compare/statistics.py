@@ -32,7 +32,7 @@ class Comparison:
         t_p: Two-sided p of the paired t-test; None where no test can be made.
         permutation_p: Two-sided p of the exact paired permutation test; None with fewer than 2 or more than 12 seeds.
             It is at least 2 / 2^n: fewer than 6 seeds never show 5 % by it.
-        adjusted_p: ``t_p`` after Holm's correction over all comparisons with the baseline: what decides.
+        adjusted_p: ``t_p`` after Holm's correction over all comparisons of the study: what decides.
         detectable: The smallest true difference in perplexity that so many seeds show four times in five; None where
             no test can be made.
         sentence: The result in words.
@@ -76,37 +76,41 @@ class Bootstrap:
 
 
 def compare_with_baseline(
-    results: Mapping[str, Mapping[int, float]], baseline: str, level: float = 0.05
+    results: Mapping[str, Mapping[int, float]], baseline: str | Mapping[str, str], level: float = 0.05
 ) -> list[Comparison]:
-    """Test every output layer against one of them, in pairs of the same seed.
+    """Test every output layer against one of them, or each against its own, in pairs of the same seed.
 
     The pairs share data order, dropout masks and the initial weights of the same shape, so the tests are of the
     differences within pairs: a paired t-test, which decides after Holm's correction, and an exact permutation test.
 
     Args:
         results: Output layer to seed to test perplexity. A seed that diverged is left out of it.
-        baseline: The layer that the others are compared with.
+        baseline: The layer that all others are compared with, or for each layer to compare the one that it is compared
+            with. The correction is over all of them.
         level: The probability of finding any difference where there is none.
 
     Returns:
-        One comparison for each layer but the baseline, in the order of ``results``.
+        One comparison for each layer but the baseline, in the order of ``results``, or of a mapping ``baseline``.
 
     Raises:
-        ValueError: The baseline is not among the results, or a perplexity is not finite.
+        ValueError: A baseline is not among the results, or a perplexity is not finite.
     """
-    if baseline not in results:
-        raise ValueError(f"no results of the baseline {baseline!r}: there are {', '.join(results) or 'none'}")
+    baselines = (
+        {layer: baseline for layer in results if layer != baseline} if isinstance(baseline, str) else dict(baseline)
+    )
+    for base in [baseline] if isinstance(baseline, str) else baselines.values():
+        if base not in results:
+            raise ValueError(f"no results of the baseline {base!r}: there are {', '.join(results) or 'none'}")
     for layer, found in results.items():
         if bad := [seed for seed, value in found.items() if not math.isfinite(value)]:
             raise ValueError(f"{layer} has no finite perplexity for seed {bad[0]}: leave diverged seeds out")
-    layers = [layer for layer in results if layer != baseline]
-    pairs = {layer: sorted(results[layer].keys() & results[baseline].keys()) for layer in layers}
+    pairs = {layer: sorted(results[layer].keys() & results[base].keys()) for layer, base in baselines.items()}
     tested = sum(len(seeds) > 1 for seeds in pairs.values())
     compared = [
         _compare(
-            Comparison(layer, baseline, tuple(seeds), math.nan, None, math.nan),
+            Comparison(layer, baselines[layer], tuple(seeds), math.nan, None, math.nan),
             np.array([results[layer][seed] for seed in seeds]),
-            np.array([results[baseline][seed] for seed in seeds]),
+            np.array([results[baselines[layer]][seed] for seed in seeds]),
             level / max(tested, 1),
             level,
         )
@@ -199,7 +203,8 @@ def _sentence(one: Comparison, level: float) -> str:
         return f"differs by {one.difference:.2f} with every seed: no test"
     if one.adjusted_p < level:
         better = "lower" if one.difference < 0 else "higher"
-        return f"{better} than {one.baseline} by {abs(one.difference):.2f}, significant at {percent}; {n} seeds"
+        exact = "" if one.permutation_p is None else f" by the t-test (permutation p {one.permutation_p:.2g})"
+        return f"{better} than {one.baseline} by {abs(one.difference):.2f}, significant at {percent}{exact}; {n} seeds"
     return f"not significant at {percent}; {n} seeds can show differences above {one.detectable:.2f}"
 
 
