@@ -90,7 +90,7 @@ def read_options(args: Sequence[str]) -> Options:
         baseline=baseline,
         recipe=tuple(resolve_recipes(recipe)),
         tracking_uri=uri,
-        workers=tuple(shares(words.workers, os.cpu_count() or 1, _gpus())),
+        workers=tuple(shares(words.workers, _cores(), _gpus())),
         executor=words.executor,
         executor_args=parameters,
         dry_run=words.dry_run,
@@ -150,6 +150,11 @@ def _setting(word: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"--executor_args are KEY=VALUE, not {word!r}")
     return key, yaml.safe_load(value)
+
+
+def _cores() -> int:
+    # What this process may use, which on a shared machine is less than it has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
