@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Spool", "spool_folder", "sync"]
 
-_INTERVAL = 1.0  # seconds between two batches, or between two attempts while the store is away
+_INTERVAL = 1.0  # seconds between two batches
+_LONGEST = 5.0  # between two attempts while the store is away: each takes some of the interpreter's time from training
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Spool:
         self._latest: dict[str, tuple[int, float]] | None = None
         self._refused: set[str] = set()
         self._wake, self._ended = threading.Event(), threading.Event()
+        self._pause = _INTERVAL
         self._progress = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="Spool", daemon=True)
 
@@ -80,6 +82,7 @@ class Spool:
             Whether the store has everything.
         """
         self._progress = time.monotonic()
+        self._pause = _INTERVAL
         self._wake.set()
         while not self.empty and time.monotonic() - self._progress < patience:
             time.sleep(0.01)
@@ -122,20 +125,20 @@ class Spool:
 
     def _work(self) -> None:
         while not self._ended.is_set():
-            self._wake.wait(_INTERVAL)
+            self._wake.wait(self._pause)
             self._wake.clear()
             try:
                 self.send()
                 if self.error is not None:
                     _log.warning("the tracking store answers again and has everything")
-                self.error = None
+                self.error, self._pause = None, _INTERVAL
             except Exception as error:  # whatever happens to the store is not the training's concern
                 if self.error is None and not self._ended.is_set():
                     _log.warning(
                         "the tracking store %s does not answer (%s): training goes on, and what it logs is kept in %s",
                         *(without_password(self.tracking_uri), reason(error), self.journal.folder),
                     )
-                self.error = error
+                self.error, self._pause = error, min(2 * self._pause, _LONGEST)
                 self._save()
 
     def _save(self) -> None:
