@@ -82,7 +82,8 @@ class Loop(Callback):
 
     def __init__(self, begin: Callable[[], object], end: Callable[[], object]) -> None:
         self.begin, self.end = begin, end
-        self.seconds = 0.0
+        self.start = self.seconds = 0.0
+        self.steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -112,7 +113,9 @@ def main() -> None:
         os.chdir(folder)
         server = Server(Path(folder))
         try:
-            seconds = _measure(server, [f"--config={options.recipe}", *(f"--{key}" for key in options.set)], options)
+            seconds = _measure(
+                server, [f"--config={options.recipe}", *(f"--{key}" for key in options.set)], options.repeats
+            )
         finally:
             server.kill()
     header = ["the server is", "seconds", "of there"]
@@ -140,7 +143,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(server: Server, words: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
+def _measure(server: Server, words: list[str], repeats: int) -> dict[str, list[float]]:
     words = [
         *words,
         "--trainer.accelerator=cpu",
@@ -156,7 +159,7 @@ def _measure(server: Server, words: list[str], options: argparse.Namespace) -> d
         "killed": (server.kill, server.start),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for number, way in in_order(ways, 1 + options.repeats):
+    for number, way in in_order(ways, 1 + repeats):
         loop = Loop(*ways[way])
         name = f"{way} {number}"
         with redirect_stdout(None):

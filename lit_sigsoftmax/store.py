@@ -126,20 +126,15 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
 def _check_database(path: Path) -> None:
     # MLflow would try again for 100 s.
+    another = "name another store with trainer.logger.init_args.tracking_uri or MLFLOW_TRACKING_URI"
     for place in (path, path.parent):  # SQLite keeps its journal beside the file
         if not os.access(place, os.R_OK | os.W_OK):
-            raise TrackingError(
-                f"{place} may not be read and written (permission denied): allow it, or name another store with "
-                "trainer.logger.init_args.tracking_uri or MLFLOW_TRACKING_URI"
-            )
+            raise TrackingError(f"{place} may not be read and written (permission denied): allow it, or {another}")
     try:
         with closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA schema_version")
     except sqlite3.Error as error:
-        raise TrackingError(
-            f"{path} is no SQLite database ({error}): move it away, or name another store with "
-            "trainer.logger.init_args.tracking_uri or MLFLOW_TRACKING_URI"
-        ) from None
+        raise TrackingError(f"{path} is no SQLite database ({error}): move it away, or {another}") from None
 
 
 def get_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
