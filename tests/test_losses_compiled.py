@@ -23,14 +23,14 @@ every_activation = pytest.mark.parametrize("name", FORMULAS)
 def draw(rows, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, columns, generator=generator)
-    return logits, torch.randint(columns, (rows,), generator=generator), torch.rand(rows, generator=generator)
+    return logits, torch.randint(columns, (rows,), generator=generator)
 
 
-def exact(logits, target, name, row_weight):
-    """The loss of each row and the gradient of their weighted sum, by autograd in float64."""
+def exact(logits, target, name):
+    """The loss of each row and the gradient of their sum, by autograd in float64."""
     logits = logits.double().requires_grad_()
     nll = F.cross_entropy(get_activation(name)(logits), target, reduction="none", ignore_index=-100)
-    (gradient,) = torch.autograd.grad((nll * row_weight.double()).sum(), logits)
+    (gradient,) = torch.autograd.grad(nll.sum(), logits)
     return nll.detach(), gradient
 
 
@@ -51,14 +51,14 @@ LOGITS = {
 @pytest.mark.parametrize("columns", [1, 3, 16, 1000, 33278])
 @pytest.mark.parametrize("kind", LOGITS)
 def test_rows_match_autograd_in_float64(kind, columns, name):
-    noise, target, row_weight = draw(5, columns)
+    noise, target = draw(5, columns)
     logits = LOGITS[kind](noise)
     target[logits.gather(1, target[:, None])[:, 0] == -torch.inf] = 0  # a masked target costs infinitely much
-    nll, gradient = exact(logits, target, name, row_weight)
+    nll, gradient = exact(logits, target, name)
     if kind == "masked":  # autograd has 0 / 0 there
         gradient = gradient.nan_to_num(0.0)
 
-    actual = score_and_differentiate(logits, target, name, row_weight, need_grad=True)
+    actual = score_and_differentiate(logits, target, name, differentiate=True)
 
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), nll, rtol=3e-7, atol=1e-6)
@@ -68,32 +68,32 @@ def test_rows_match_autograd_in_float64(kind, columns, name):
 @needs_compiler
 @every_activation
 def test_gradient_of_a_small_probability_keeps_its_digits(name):
-    logits, target, row_weight = draw(8, 500)
+    logits, target = draw(8, 500)
     logits[:, 0] += 15  # the others have some e^-15 of the probability
     target[:] = 0
-    _, gradient = exact(logits, target, name, row_weight)
-    score_and_differentiate(logits, target, name, row_weight, need_grad=True)
+    _, gradient = exact(logits, target, name)
+    score_and_differentiate(logits, target, name, differentiate=True)
     torch.testing.assert_close(logits[:, 1:].double(), gradient[:, 1:], rtol=3e-6, atol=0)
 
 
 @needs_compiler
 @every_activation
 def test_without_gradient_the_logits_stay(name):
-    logits, target, row_weight = draw(7, 1100)
+    logits, target = draw(7, 1100)
     before = logits.clone()
-    nll = score_and_differentiate(logits, target, name, row_weight, need_grad=False)
+    nll = score_and_differentiate(logits, target, name, differentiate=False)
     assert torch.equal(logits, before)
-    torch.testing.assert_close(nll, score_and_differentiate(logits, target, name, row_weight, need_grad=True))
+    torch.testing.assert_close(nll, score_and_differentiate(logits, target, name, differentiate=True))
 
 
 @needs_compiler
 @every_activation
-@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("differentiate", [True, False])
 @pytest.mark.parametrize("place", [0, 7, 1050])
-def test_nan_is_not_hidden(place, need_grad, name):
-    logits, target, row_weight = draw(2, 1060)
+def test_nan_is_not_hidden(place, differentiate, name):
+    logits, target = draw(2, 1060)
     logits[1, place] = torch.nan
-    nll = score_and_differentiate(logits, target, name, row_weight, need_grad)
+    nll = score_and_differentiate(logits, target, name, differentiate)
     assert nll.isnan().tolist() == [False, True]
 
 
@@ -104,8 +104,8 @@ def test_threads_do_not_change_the_result(name):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            logits, target, row_weight = draw(50, 300)
-            results.append((score_and_differentiate(logits, target, name, row_weight, need_grad=True), logits))
+            logits, target = draw(50, 300)
+            results.append((score_and_differentiate(logits, target, name, differentiate=True), logits))
     finally:
         torch.set_num_threads(before)
     for nll, gradient in results[1:]:
@@ -115,8 +115,8 @@ def test_threads_do_not_change_the_result(name):
 
 @needs_compiler
 def test_no_rows():
-    logits, target, row_weight = draw(0, 5)
-    assert score_and_differentiate(logits, target, "softmax", row_weight, need_grad=True).shape == (0,)
+    logits, target = draw(0, 5)
+    assert score_and_differentiate(logits, target, "softmax", differentiate=True).shape == (0,)
 
 
 @needs_compiler
@@ -134,7 +134,6 @@ def test_serves_registered_names_alone():
         ({"logits": torch.zeros(3, 2).t()}, "logits .* contiguous"),
         ({"target": torch.zeros(2, dtype=torch.int32)}, "target is .*int32 .*expected .*int64"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, r"target is \(3,\).*expected \(2,\)"),
-        ({"row_weight": torch.ones(2, 1)}, r"row_weight is \(2, 1\)"),
         ({"activation": "no_such_activation"}, "does not serve the output activation 'no_such_activation'"),
     ],
 )
@@ -143,18 +142,17 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         "logits": torch.zeros(2, 3),
         "target": torch.zeros(2, dtype=torch.int64),
         "activation": "softmax",
-        "row_weight": torch.ones(2),
     }
     with pytest.raises(ValueError, match=message):
-        score_and_differentiate(**{**arguments, **change}, need_grad=True)
+        score_and_differentiate(**{**arguments, **change}, differentiate=True)
 
 
 @needs_compiler
 @pytest.mark.parametrize("wrong", [3, -1])
 def test_target_outside_the_vocabulary_is_an_error(wrong):
-    logits, _, row_weight = draw(2, 3)
+    logits, _ = draw(2, 3)
     with pytest.raises(IndexError, match=f"target {wrong} is out of bounds for a vocabulary of 3"):
-        score_and_differentiate(logits, torch.tensor([0, wrong]), "softmax", row_weight, need_grad=True)
+        score_and_differentiate(logits, torch.tensor([0, wrong]), "softmax", differentiate=True)
 
 
 @pytest.fixture
@@ -196,7 +194,7 @@ def test_off_without_a_word(switch, fresh, monkeypatch):
         assert not serves("softmax")
     assert not fresh.exists()
     with pytest.raises(ValueError, match="does not serve"):
-        score_and_differentiate(*draw(1, 2)[:2], "softmax", torch.ones(1), need_grad=False)
+        score_and_differentiate(*draw(1, 2), "softmax", differentiate=False)
 
 
 def test_failing_compiler_warns_once(fresh, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from references import KEEP_EVERY_TOKEN_POSSIBLE, probabilities
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_sigsoftmax.activations import get_activation
@@ -147,6 +148,61 @@ def test_nan_is_not_hidden(name):
     hidden.data[1, 2] = torch.nan
     loss = triton(hidden, weight, bias, target, name=name)[0]
     assert loss.isnan().tolist() == [False, True, False]
+
+
+LOGITS = {
+    "ordinary": lambda z: 3 * z,
+    "wide": lambda z: 1e4 * torch.tanh(z),
+    "around -60": lambda z: -60 + 5 * z,
+    "equal": lambda z: 0 * z - 7,
+}
+
+
+@needs_triton
+@every_activation
+@pytest.mark.parametrize("columns", [1, 300, 4097])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_rows_of_logits_become_losses_and_gradients(kind, columns, name):
+    generator = torch.Generator().manual_seed(0)
+    logits = LOGITS[kind](torch.randn(5, columns, generator=generator)).to(DEVICE)
+    target = torch.randint(columns, (5,), generator=generator).to(DEVICE)
+    log_g = get_activation(name)
+    exact_logits = logits.double().requires_grad_()
+    expected = F.cross_entropy(log_g(exact_logits), target, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), exact_logits)
+    before = logits.clone()
+    scored = triton_backend.score_and_differentiate(logits, target, log_g, differentiate=False)
+    assert torch.equal(logits, before)
+    assert torch.equal(scored, triton_backend.score_and_differentiate(logits, target, log_g, differentiate=True))
+    torch.testing.assert_close(scored.double(), expected.detach(), rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(logits.double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+def test_rows_with_a_target_outside_cost_nan():
+    logits = torch.zeros(3, 7, device=DEVICE)
+    loss = triton_backend.score_and_differentiate(
+        logits, torch.tensor([7, -100, 6], device=DEVICE), get_activation("softmax"), differentiate=True
+    )
+    assert loss.isnan().tolist() == [True, True, False]
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_front_door_agrees_with_float64_here(dtype, name):
+    """Whatever ``"auto"`` and ``"chunked"`` are on this machine: on a GPU, its kernels."""
+    hidden, weight, bias, target = make(70, 300, 16, dtype)
+    target[::7] = -100
+    expected = exact(hidden, weight, bias, target, name=name, reduction="mean")
+    for backend in ("auto", "chunked"):
+        loss = linear_cross_entropy(hidden, weight, target, bias, activation=name, backend=backend)
+        for actual, value in zip(
+            (loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias))), expected, strict=True
+        ):
+            tolerance = (1e-3 if name == "relu" else 1e-5) if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(
+                actual.double(), value, rtol=tolerance, atol=tolerance * float(value.abs().max())
+            )
 
 
 # Targets and reductions
@@ -355,7 +411,7 @@ def test_refuses_with_a_reason(dtypes, name, message):
 @pytest.mark.parametrize("missing", ["Triton", "GPU"])
 def test_refuses_without_triton_or_gpu(missing, monkeypatch):
     if missing == "Triton":
-        monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+        monkeypatch.setattr(triton_backend, "_installed", lambda: False)
     else:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -383,8 +439,11 @@ def test_compiles_for_gpus(tmp_path):
         from triton.compiler import ASTSource
         from lit_sigsoftmax.losses import triton_kernels as kernels
 
-        TYPES = {"target": "*i64", "n_rows": "i32", "vocab_size": "i32", "span": "i32"}
-        TILE = {"precision": "ieee", "block_n": 16, "block_v": 16, "block_d": 16, "hidden_size": 70}
+        TYPES = {"target": "*i64", "n_rows": "i32", "vocab_size": "i32", "span": "i32", "stride": "i32"}
+        TILE = {
+            "precision": "ieee", "block_n": 16, "block_v": 16, "block_d": 16, "hidden_size": 70,
+            "differentiate": True, "block": 64,
+        }
 
         def check(kernel, activation, dtype, bias, capability):
             constants = {**TILE, "activation": activation, **({} if bias else {"bias": None, "d_bias": None})}
@@ -392,11 +451,12 @@ def test_compiles_for_gpus(tmp_path):
             names = kernel.arg_names
             signature = {x: "constexpr" if x in constants else {**TYPES, **floats}.get(x, "*fp32") for x in names}
             constants = {x: value for x, value in constants.items() if x in names}
-            source = ASTSource(kernel.fn, signature, constants)
+            source = ASTSource(kernel, signature, constants)
             assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
         for activation in kernels.ACTIVATIONS.values():
             check(kernels.gradient_kernel, activation, "bf16", True, 90)
+            check(kernels.rows_kernel, activation, "fp32", True, 90)
         check(kernels.gradient_kernel, activation, "fp32", False, 80)
         check(kernels.statistics_kernel, activation, "fp16", True, 90)
     """

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation
-from lit_sigsoftmax.losses.chunked import chunked
+from lit_sigsoftmax.losses.chunked import chunked, product_dtype
 from lit_sigsoftmax.losses.reference import reference
 from lit_sigsoftmax.losses.triton_backend import refusal, triton_linear_cross_entropy
 
@@ -58,7 +59,8 @@ def resolve_backend(
 ) -> str:
     """Return the name that ``"auto"`` stands for, any other name as it is.
 
-    It is ``"triton"`` on a GPU where its kernels serve, else ``"chunked"``.
+    It is ``"triton"`` on a GPU where its kernels serve and the matrix units do (half precision, TF32), else
+    ``"chunked"``: exact float32 products are the vendor's library's.
 
     Args:
         name: A backend, or ``"auto"``.
@@ -74,4 +76,6 @@ def resolve_backend(
     check_backend(name)
     if name != "auto":
         return name
-    return "triton" if hidden.is_cuda and not penalized and not refusal(hidden, weight, bias, log_g) else "chunked"
+    matrix_units = product_dtype(hidden, weight) != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    serves = hidden.is_cuda and matrix_units and not penalized and not refusal(hidden, weight, bias, log_g)
+    return "triton" if serves else "chunked"

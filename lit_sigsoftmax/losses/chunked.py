@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, derivative_of, name_of
-from lit_sigsoftmax.losses.compiled import score_and_differentiate, serves
+from lit_sigsoftmax.losses import compiled, triton_backend
 from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
 from lit_sigsoftmax.losses.reduction import check_targets, mix, reduce
 
-__all__ = ["chunked"]
+__all__ = ["chunked", "product_dtype"]
 
 # A chunk has at most this share of all rows, so that with what the passes over it hold it is within an eighth ...
 _SHARE, _SHARE_IN_PLACE = 13, 9
+_TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster
 _TYPES = 4096  # of the vocabulary, whose half-precision product is held before it is added
-_LEAST = 2**18  # logits of the smallest chunk
+_LEAST, _LEAST_ON_GPU = 2**18, 2**25  # logits of the smallest chunk
 _FIRST_ONLY = "has first derivatives only, and no torch.func transforms: use backend='reference'"
 
 
@@ -57,7 +58,7 @@ def chunked(
         IndexError: A target is out of bounds, on a CPU.
         RuntimeError: A second derivative or a transform of ``torch.func`` is asked for.
     """
-    layer = _Layer(log_g, ignore_index, Penalty(label_smoothing, z_loss), _product_dtype(hidden, weight))
+    layer = _Layer(log_g, ignore_index, Penalty(label_smoothing, z_loss), product_dtype(hidden, weight))
     experts = hidden if log_prior is not None else hidden.unsqueeze(1)
     loss = torch.compiler.disable(_loss) if torch.compiler.is_compiling() else _loss
     return reduce(loss(layer, target, experts, weight, bias, log_prior), target, ignore_index, reduction)
@@ -148,7 +149,7 @@ class _Sums:
     def __init__(self, layer: _Layer, tensors: Any, wanted: list[bool]) -> None:
         self.layer = layer
         self.hidden, weight, bias, self.log_prior, *self.held = tensors
-        self.way = _way(layer, weight.device)
+        self.way = _way(layer, weight)
         self.weight, self.bias = weight.to(layer.dtype), None if bias is None else bias.to(layer.dtype)
         kept = [self.hidden.dtype, *[layer.precision] * (len(tensors) - 1)]
         self.gradients = [
@@ -195,9 +196,11 @@ class _Sums:
         layer, gradient = self.layer, any(total is not None for total in self.gradients)
         logits = linear(rows, self.weight, self.bias).to(layer.precision)
         if self.way == "compiled":
-            one = logits.new_ones(len(logits))
-            loss = score_and_differentiate(logits, target, str(name_of(layer.log_g)), one, gradient)
-            return logits, Pointwise(loss, one)
+            loss = compiled.score_and_differentiate(logits, target, str(name_of(layer.log_g)), gradient)
+            return logits, Pointwise(loss, torch.ones_like(loss))
+        if self.way == "triton":
+            loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
+            return logits, Pointwise(loss, torch.ones_like(loss))
         if self.way == "closed form":
             if outcome := closed_form(logits, target, layer.log_g, gradient):
                 return logits, outcome
@@ -215,12 +218,15 @@ class _Sums:
         return logits, outcome
 
 
-def _way(layer: _Layer, device: torch.device) -> Literal["compiled", "closed form", "general"]:
+def _way(layer: _Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "general"]:
     """How logits become losses and derivatives, see :mod:`lit_sigsoftmax.losses.pointwise`."""
-    if device.type != "cpu" or any(layer.penalty):
-        return "general"
     name = name_of(layer.log_g)
-    if layer.precision == torch.float32 and serves(name):
+    if any(layer.penalty):
+        return "general"
+    if weight.device.type != "cpu":
+        by_triton = layer.precision == torch.float32 and triton_backend.serves(weight, layer.log_g)
+        return "triton" if by_triton else "general"
+    if layer.precision == torch.float32 and compiled.serves(name):
         return "compiled"
     return "closed form" if has_closed_form(name) else "general"
 
@@ -238,15 +244,19 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
 
 
 def _chunks(tokens: int, experts: int, vocab_size: int, way: str, device: torch.device) -> Iterator[slice]:
-    least = max(32, _LEAST // vocab_size)
-    rows = max(tokens * experts // (_SHARE_IN_PLACE if way == "compiled" else _SHARE), least)
+    least = max(32, (_LEAST if device.type == "cpu" else _LEAST_ON_GPU) // vocab_size)
+    in_place = way in ("compiled", "triton")
+    rows = max(tokens * experts // (_SHARE_IN_PLACE if in_place else _SHARE), least)
     if device.type == "cpu":
         rows = min(rows, max(_ROWS, least))
     step = -(-tokens // max(1, tokens * experts // rows))  # of nearly equal sizes: a small rest costs like a chunk
+    if device.type != "cpu":
+        step = -(-step // _TILE) * _TILE
     return (slice(start, start + step) for start in range(0, tokens, max(1, step)))
 
 
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of ``F.linear(hidden, weight)``, under autocast too, or the wider one where it would refuse."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

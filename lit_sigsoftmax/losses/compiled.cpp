@@ -122,37 +122,37 @@ double total(float* row, int64_t columns, float peak) {
 }
 
 template <class Activation, bool kDifferentiate>
-float score_row(float* row, int64_t columns, int64_t target, double weight) {
+float score_row(float* row, int64_t columns, int64_t target) {
     const float peak = largest(row, columns);
     const double z = row[target];
     const double sum = total<Activation, kDifferentiate>(row, columns, peak);
     if (kDifferentiate) {
-        const float scale = static_cast<float>(weight / sum);
+        const float scale = static_cast<float>(1 / sum);
 #pragma omp simd
         for (int64_t j = 0; j < columns; ++j) row[j] *= scale;
-        row[target] -= static_cast<float>(weight * Activation::slope(z));
+        row[target] -= static_cast<float>(Activation::slope(z));
     }
     return static_cast<float>(std::log(sum) + (Activation::log_g(peak) - Activation::log_g(z)));
 }
 
 template <class Activation>
-void score_rows(float* logits, const int64_t* target, const float* weight, float* nll, int64_t rows, int64_t columns,
-                bool differentiate, int threads) {
+void score_rows(float* logits, const int64_t* target, float* nll, int64_t rows, int64_t columns, bool differentiate,
+                int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < rows; ++i) {
         float* row = logits + i * columns;
-        nll[i] = differentiate ? score_row<Activation, true>(row, columns, target[i], weight[i])
-                               : score_row<Activation, false>(row, columns, target[i], 0);
+        nll[i] = differentiate ? score_row<Activation, true>(row, columns, target[i])
+                               : score_row<Activation, false>(row, columns, target[i]);
     }
 }
 
 }  // namespace
 
 // The registered name of each activation becomes a function of the library: that it is there says that it is served.
-#define SERVE(name, Activation)                                                                                   \
-    extern "C" void rows_##name(float* logits, const int64_t* target, const float* weight, float* nll, int64_t rows, \
-                                int64_t columns, int differentiate, int threads) {                                \
-        score_rows<Activation>(logits, target, weight, nll, rows, columns, differentiate != 0, threads);          \
+#define SERVE(name, Activation)                                                                                    \
+    extern "C" void rows_##name(float* logits, const int64_t* target, float* nll, int64_t rows, int64_t columns,   \
+                                int differentiate, int threads) {                                                  \
+        score_rows<Activation>(logits, target, nll, rows, columns, differentiate != 0, threads);                   \
     }
 
 SERVE(softmax, Softmax)

@@ -46,23 +46,20 @@ def serves(activation: str | None) -> bool:
     return activation is not None and hasattr(_library(), f"rows_{activation}")
 
 
-def score_and_differentiate(
-    logits: Tensor, target: Tensor, activation: str, row_weight: Tensor, need_grad: bool
-) -> Tensor:
+def score_and_differentiate(logits: Tensor, target: Tensor, activation: str, differentiate: bool) -> Tensor:
     """Turn rows of logits into their negative log-likelihoods and, in place, into gradients.
 
-    With ``p`` the distribution of a row and ``y`` its target, one-hot, the row becomes
-    ``row_weight * (p - y) * d log_g / dz``. Uses as many threads as PyTorch.
+    With ``p`` the distribution of a row and ``y`` its target, one-hot, the row becomes ``(p - y) * d log_g / dz``. Uses
+    as many threads as PyTorch.
 
     Args:
-        logits: Shape (n, V), float32, contiguous, on the CPU. Overwritten if ``need_grad``.
+        logits: Shape (n, V), float32, contiguous, on the CPU. Overwritten if ``differentiate``.
         target: Shape (n,), int64, each below V.
         activation: A registered name that :func:`serves` accepts.
-        row_weight: Shape (n,), float32: the derivative of the whole loss with respect to that of the row.
-        need_grad: Whether to overwrite ``logits`` with the gradient.
+        differentiate: Whether to overwrite ``logits`` with the gradient.
 
     Returns:
-        Nats, not weighted, shape (n,), float32: within float32's rounding of the float64 value. So is the gradient, but
+        Nats, shape (n,), float32: within float32's rounding of the float64 value. So is the gradient, but
         that a probability below ``exp(-64)`` of the row's largest counts as 0.
 
     Raises:
@@ -73,7 +70,6 @@ def score_and_differentiate(
     for name, tensor, shape, dtype in (
         ("logits", logits, (rows, columns), torch.float32),
         ("target", target, (rows,), torch.int64),
-        ("row_weight", row_weight, (rows,), torch.float32),
     ):
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(
@@ -85,10 +81,10 @@ def score_and_differentiate(
     check_targets(target, columns)
     nll = logits.new_empty(rows)
     getattr(_library(), f"rows_{activation}")(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, target, row_weight, nll)),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, target, nll)),
         ctypes.c_int64(rows),
         ctypes.c_int64(columns),
-        ctypes.c_int(need_grad),
+        ctypes.c_int(differentiate),
         ctypes.c_int(torch.get_num_threads()),
     )
     return nll

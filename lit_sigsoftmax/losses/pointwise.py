@@ -2,7 +2,8 @@
 
 Three ways, from the fastest to the most general: a closed form that shares its exponentials, for the cache of a
 processor, which makes its passes cheap; the derivative that the activation was registered with; and autograd within a
-block of rows. A fourth, in one compiled pass, is :mod:`lit_sigsoftmax.losses.compiled`.
+block of rows. Two more do it in one pass: :mod:`lit_sigsoftmax.losses.compiled` on a CPU, and on a GPU
+:func:`lit_sigsoftmax.losses.triton_backend.score_and_differentiate`.
 """
 
 from __future__ import annotations

@@ -3,17 +3,19 @@
 Forward is one matrix product whose tiles end in the activation and an online log-sum-exp (Milakov and Gimelshein,
 "Online normalizer calculation for softmax", 2018). Backward computes the tiles again, a part of the vocabulary at a
 time, and leaves the products of their gradient with weight and hidden to the vendor's library: four matrix products of
-the logits' size, where the reference has three and stores the logits. No atomics: the same call gives the same bits, as
-long as Triton's tuning picks the same tiles.
+the logits' size, where the reference has three and stores the logits. No atomics: the same call gives the same bits.
 
-Memory beyond inputs and gradients is O((N + V) d). The kernels know an activation by a pair of value and derivative,
+Memory beyond inputs and gradients is O((N + V) d). The kernels know an activation by exponent, factor and derivative,
 which :mod:`lit_sigsoftmax.losses.triton_kernels` holds; another one is refused.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses.reduction import mix, reduce
 
-__all__ = ["available", "refusal", "triton_linear_cross_entropy"]
+__all__ = ["available", "refusal", "score_and_differentiate", "serves", "triton_linear_cross_entropy"]
 
 PROGRAMS = 1024
 """Programs of the forward kernel, at the most, beyond one for each block of rows: some for each multiprocessor of a
@@ -31,10 +33,12 @@ large GPU. Each keeps one partial sum a row, so this bounds their memory too."""
 MIN_CHUNK = 2**24
 """Logit gradients held at a time, at least: fewer would not fill a GPU."""
 
+_ALIGNED = 8  # the vendor's library is three times slower in half precision on sizes that are no multiple of this
+
 
 def available() -> bool:
     """Whether Triton is installed and there is a GPU, or Triton's interpreter is on (``TRITON_INTERPRET=1``)."""
-    return find_spec("triton") is not None and (torch.cuda.is_available() or _interpreted())
+    return _installed() and (torch.cuda.is_available() or _interpreted())
 
 
 def refusal(hidden: Tensor, weight: Tensor, bias: Tensor | None, log_g: Activation) -> str | None:
@@ -97,16 +101,52 @@ def triton_linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.contiguous()
-    experts = 1 if log_prior is None else log_prior.shape[1]
     rows = hidden.reshape(-1, weight.shape[1]).contiguous()
-    nll = _TokenLoss.apply(rows, weight.contiguous(), bias, target.repeat_interleave(experts), log_g)
     counted = target != ignore_index
-    nll = torch.where(
-        counted.repeat_interleave(experts), nll, 0.0
-    )  # of an ignored target it is nan, and so its gradient
-    if log_prior is not None:
-        nll = torch.where(counted, mix(log_prior, nll.view(log_prior.shape)), 0.0)
+    if log_prior is None:
+        nll = _TokenLoss.apply(rows, weight.contiguous(), bias, target.contiguous(), log_g)
+    else:
+        experts = log_prior.shape[1]
+        nll = _TokenLoss.apply(rows, weight.contiguous(), bias, target.repeat_interleave(experts), log_g)
+        nll = torch.where(counted.repeat_interleave(experts), nll, 0.0)
+        nll = mix(log_prior, nll.view(log_prior.shape))
+    nll = torch.where(counted, nll, 0.0)  # of an ignored target it is nan, and so its gradient
     return reduce(nll, target, ignore_index, reduction)
+
+
+def serves(weight: Tensor, log_g: Activation) -> bool:
+    """Whether :func:`score_and_differentiate` takes the logits of this weight, shape (V, d)."""
+    return refusal(weight, weight, None, log_g) is None
+
+
+def score_and_differentiate(logits: Tensor, target: Tensor, log_g: Activation, differentiate: bool) -> Tensor:
+    """Turn rows of logits into their negative log-likelihoods and, in place, into ``(p - y) * d log_g / dz``.
+
+    Args:
+        logits: Shape (n, V), float32, rows contiguous. Overwritten if ``differentiate``.
+        target: Shape (n,), int64.
+        log_g: An output activation that :func:`serves` accepts.
+        differentiate: Whether to overwrite ``logits`` with the gradient.
+
+    Returns:
+        Nats, shape (n,), float32; nan where the target is outside the vocabulary.
+    """
+    from lit_sigsoftmax.losses import triton_kernels as kernels
+
+    nll = logits.new_empty(len(logits))
+    with torch.cuda.device_of(logits):
+        kernels.rows_kernel[(len(logits),)](
+            logits,
+            target,
+            nll,
+            logits.shape[1],
+            logits.stride(0),
+            kernels.ACTIVATIONS[log_g],
+            differentiate,
+            4096,
+            num_warps=8,
+        )
+    return nll
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -132,14 +172,12 @@ class _TokenLoss(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if needed[1] else None
         d_bias = torch.empty_like(bias) if needed[2] else None
         # By parts of the vocabulary, not of the tokens: the weight's gradient is then rounded once.
-        size = _part_size(len(hidden), *weight.shape)
-        for start in range(0, len(weight), size):
-            part = slice(start, start + size)
+        for part in _parts(len(hidden), weight):
             d_logits, sums = _logit_gradient(
                 hidden,
                 weight[part],
                 None if bias is None else bias[part],
-                target - start,
+                target - part.start,
                 peak,
                 log_total,
                 grad.contiguous(),
@@ -158,12 +196,12 @@ class _TokenLoss(torch.autograd.Function):
 def _statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, log_g: Activation
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The target's score, the largest score and ``log sum exp(score - largest)``, each (N,) in float32."""
+    """The target's ``log_g(z)``, the largest exponent and ``log sum exp(log_g(z) - largest)``, each (N,) in float32."""
     from lit_sigsoftmax.losses import triton_kernels as kernels
 
     n, v = len(hidden), len(weight)
-    blocks, tiles = _divide(n, kernels.BLOCK_N), _divide(v, kernels.MAX_BLOCK_V)
-    span = kernels.MAX_BLOCK_V * _divide(tiles, max(1, PROGRAMS // max(1, blocks)))
+    blocks, tiles = _divide(n, kernels.BLOCK_N), _divide(v, kernels.BLOCK_V)
+    span = kernels.BLOCK_V * _divide(tiles, max(1, PROGRAMS // max(1, blocks)))
     peaks, totals = hidden.new_empty(2, _divide(v, span), n, dtype=torch.float32)
     score = hidden.new_full((n,), torch.nan, dtype=torch.float32)
     with torch.cuda.device_of(hidden):
@@ -195,34 +233,54 @@ def _logit_gradient(
     sums = hidden.new_empty(blocks, v, dtype=torch.float32) if bias_needed else None
     inputs = (hidden, weight, bias, target, peak, log_total, grad)
     with torch.cuda.device_of(hidden):
-        kernels.gradient_kernel[lambda tile: (blocks, _divide(v, tile["block_v"]))](
+        kernels.gradient_kernel[(blocks, _divide(v, kernels.BLOCK_V))](
             *inputs, d_logits, sums, n, v, **_constants(hidden, log_g)
         )
     return d_logits, None if sums is None else sums.sum(0)
 
 
 def _constants(hidden: Tensor, log_g: Activation) -> dict[str, Any]:
-    """What the kernels are compiled for, tile sizes left to tuning."""
+    """What the kernels are compiled for.
+
+    Sizes and registers were chosen on an H200 (benchmarks/README.md): two programs share a multiprocessor, and one's
+    products hide the other's exponentials. They fit the shared memory of smaller GPUs too.
+    """
     from lit_sigsoftmax.losses import triton_kernels as kernels
 
+    half = hidden.dtype != torch.float32
+    exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "hidden_size": hidden.shape[1],
         "activation": kernels.ACTIVATIONS[log_g],
-        "precision": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "precision": "ieee" if exact else "tf32",
         "block_n": kernels.BLOCK_N,
+        "block_v": kernels.BLOCK_V,
+        "block_d": 64 if half else 32,
+        "num_warps": 8,
+        "num_stages": 3,
+        "maxnreg": None if exact and not half else 128,
     }
 
 
-def _part_size(n: int, v: int, d: int) -> int:
-    """Vocabulary entries whose logit gradients are held at a time: as many as hidden and weight have numbers."""
-    from lit_sigsoftmax.losses.triton_kernels import MAX_BLOCK_V
+def _parts(n: int, weight: Tensor) -> Iterator[slice]:
+    """The vocabulary in parts whose logit gradients are no more numbers than hidden and weight have."""
+    from lit_sigsoftmax.losses.triton_kernels import BLOCK_V
 
-    return MAX_BLOCK_V * max(1, max(MIN_CHUNK, (n + v) * d) // max(1, n) // MAX_BLOCK_V)
+    v, d = weight.shape
+    size = BLOCK_V * max(1, max(MIN_CHUNK, (n + v) * d) // max(1, n) // BLOCK_V)
+    even = v if weight.dtype == torch.float32 else v // _ALIGNED * _ALIGNED
+    borders = sorted({*range(0, even, size), even, v})
+    return (slice(start, stop) for start, stop in pairwise(borders))
 
 
 def _divide(a: int, b: int) -> int:
     """``a / b`` rounded up."""
     return -(-a // b)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _interpreted() -> bool:

@@ -2,7 +2,11 @@
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of :mod:`lit_sigsoftmax.losses.triton_backend`, which alone imports this module: it needs Triton.
 
-Both compute a tile of logits in float32 and never store it. Rows of a tile are tokens, columns are vocabulary entries.
+Two compute tiles of logits in float32 and never store them: rows of a tile are tokens, columns are vocabulary entries.
+The third works on logits that a library's product has made.
+
+``exp(log_g(z))`` is taken as ``exp(exponent) * factor``, where the exponent does not decrease in z and the factor is
+what remains: no logarithm for each logit, and the largest logit has the largest exponent.
 """
 
 from __future__ import annotations
@@ -20,40 +24,34 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 BLOCK_N = 128
 """Rows of a tile."""
 
-MAX_BLOCK_V = 256
-"""Columns of the widest tile."""
-
-# Triton times these at the first call for a hidden size, activation and dtype; its interpreter cannot. The first fits
-# GPUs with little shared memory, and float32. 256 columns need 16 warps: eight run out of registers.
-_CONFIGS = [
-    triton.Config({"block_v": 128, "block_d": 32}, num_warps=8, num_stages=3),
-    triton.Config({"block_v": 128, "block_d": 64}, num_warps=8, num_stages=3),
-    triton.Config({"block_v": MAX_BLOCK_V, "block_d": 64}, num_warps=16, num_stages=3),
-]
-_tuned = triton.autotune(_CONFIGS[:1] if _INTERPRETED.value else _CONFIGS, key=["hidden_size", "activation"])
+BLOCK_V = 128
+"""Columns of a tile."""
 
 
 @triton.jit
 def _softmax(z):
-    return z, tl.full(z.shape, 1.0, tl.float32)
+    one = tl.full(z.shape, 1.0, tl.float32)
+    return z, one, one
 
 
 @triton.jit
 def _sigsoftmax(z):
     e = tl.exp(-tl.abs(z))
-    return z + tl.minimum(z, 0.0) - tl.log(1.0 + e), 1.0 + tl.where(z > 0, e, 1.0) / (1.0 + e)
+    sigmoid_of_magnitude = 1.0 / (1.0 + e)
+    return z + tl.minimum(z, 0.0), sigmoid_of_magnitude, 1.0 + tl.where(z > 0, e, 1.0) * sigmoid_of_magnitude
 
 
 @triton.jit
 def _sigmoid(z):
     e = tl.exp(-tl.abs(z))
-    return tl.minimum(z, 0.0) - tl.log(1.0 + e), tl.where(z > 0, e, 1.0) / (1.0 + e)
+    sigmoid_of_magnitude = 1.0 / (1.0 + e)
+    return tl.minimum(z, 0.0), sigmoid_of_magnitude, tl.where(z > 0, e, 1.0) * sigmoid_of_magnitude
 
 
 @triton.jit
 def _relu(z):
     g = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + 1e-8
-    return tl.log(g), tl.where(z > 0, 1.0 / g, 0.0)
+    return tl.zeros(z.shape, tl.float32), g, tl.where(z > 0, 1.0 / g, 0.0)
 
 
 ACTIVATIONS: dict[activations.Activation, Any] = {
@@ -62,27 +60,37 @@ ACTIVATIONS: dict[activations.Activation, Any] = {
     activations.sigmoid: _sigmoid,
     activations.relu: _relu,
 }
-"""``log_g`` to its kernel form: float32 logits to the pair of ``log_g`` and its derivative."""
+"""``log_g`` to its kernel form: float32 logits to exponent, factor and the derivative of ``log_g``."""
 
 
 @triton.jit
-def _logits(hidden, weight, bias, rows, columns, hidden_size, precision, block_n, block_v, block_d):
+def _logits(
+    hidden, weight, bias, first_row, first_column, n_rows, vocab_size, hidden_size, precision, block_n, block_v, block_d
+):
+    """A tile; rows and columns beyond the last repeat the last."""
+    row = tl.minimum(tl.arange(0, block_n), n_rows - 1 - first_row)
+    column = tl.minimum(tl.arange(0, block_v), vocab_size - 1 - first_column)
+    unit = tl.arange(0, block_d)
+    wide = tl.full(
+        (), hidden_size, tl.int64
+    )  # 64 bits for one offset of the tile, and 32 within it: they fill registers
+    hidden += wide * first_row
+    weight += wide * first_column
     z = tl.zeros((block_n, block_v), tl.float32)
     for start in range(0, hidden_size, block_d):
-        units = start + tl.arange(0, block_d)
-        h = tl.load(hidden + rows[:, None] * hidden_size + units[None, :], mask=units[None, :] < hidden_size, other=0.0)
+        left = hidden_size - start
+        h = tl.load(hidden + (row[:, None] * hidden_size + unit[None, :] + start), mask=unit[None, :] < left, other=0.0)
         w = tl.load(
-            weight + columns[None, :] * hidden_size + units[:, None], mask=units[:, None] < hidden_size, other=0.0
+            weight + (column[None, :] * hidden_size + unit[:, None] + start), mask=unit[:, None] < left, other=0.0
         )
         if _INTERPRETED:  # it multiplies bfloat16 as integers (3.9); float32 products of halves are exact
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w, z, input_precision=precision)
     if bias is not None:
-        z += tl.load(bias + columns)[None, :].to(tl.float32)
+        z += tl.load(bias + (first_column + column))[None, :].to(tl.float32)
     return z
 
 
-@_tuned
 @triton.jit
 def statistics_kernel(
     hidden,
@@ -102,15 +110,15 @@ def statistics_kernel(
     block_v: tl.constexpr,
     block_d: tl.constexpr,
 ):
-    """The largest score and the sum of ``exp(score - largest)`` of a span of columns; the target's score.
+    """The largest exponent and the sum of ``exp(log_g(z) - largest)`` of a span of columns; the target's ``log_g(z)``.
 
     Args:
         hidden: Shape (n_rows, hidden_size), contiguous, as all are.
         weight: Shape (vocab_size, hidden_size).
         bias: Shape (vocab_size,) or None.
         target: Shape (n_rows,), int64.
-        peak: Shape (spans, n_rows), float32, written.
-        total: Shape (spans, n_rows), float32, written.
+        peak: Shape (spans, n_rows), float32, written: of the exponents.
+        total: Shape (spans, n_rows), float32, written: relative to the peak.
         score: Shape (n_rows,), float32, written where the target is a vocabulary entry.
         n_rows: Tokens.
         vocab_size: Vocabulary entries.
@@ -122,7 +130,8 @@ def statistics_kernel(
         block_v: Columns of a tile.
         block_d: Hidden units taken at a time.
     """
-    row = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    first_row = tl.program_id(0) * block_n
+    row = first_row + tl.arange(0, block_n)
     rows = tl.minimum(row, n_rows - 1).to(tl.int64)
     wanted = tl.load(target + rows).to(tl.int32)
     found = tl.zeros((block_n,), tl.float32)
@@ -132,22 +141,36 @@ def statistics_kernel(
     stop = tl.minimum(first + span, vocab_size)
     for start in range(first, stop, block_v):
         column = start + tl.arange(0, block_v)
-        columns = tl.minimum(column, vocab_size - 1).to(tl.int64)
-        z = _logits(hidden, weight, bias, rows, columns, hidden_size, precision, block_n, block_v, block_d)
-        scores, _ = activation(z)
-        found += tl.sum(tl.where(column[None, :] == wanted[:, None], scores, 0.0), 1)
-        scores = tl.where(column[None, :] < vocab_size, scores, -float("inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
+        z = _logits(
+            hidden,
+            weight,
+            bias,
+            first_row,
+            start,
+            n_rows,
+            vocab_size,
+            hidden_size,
+            precision,
+            block_n,
+            block_v,
+            block_d,
+        )
+        found += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
+        inside = column[None, :] < vocab_size
+        top, _, _ = activation(tl.max(tl.where(inside, z, -float("inf")), 1))
+        larger = tl.maximum(largest, top)
         shift = tl.where(larger == -float("inf"), 0.0, larger)  # masked entries alone
-        mass = mass * tl.exp(largest - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
+        exponent, factor, _ = activation(z)
+        parts = tl.where(inside, tl.exp(exponent - shift[:, None]) * factor, 0.0)
+        mass = mass * tl.exp(largest - shift) + tl.sum(parts, 1)
         largest = larger
+    exponent, factor, _ = activation(found)
     place = tl.program_id(1).to(tl.int64) * n_rows + rows
     tl.store(peak + place, largest, mask=row < n_rows)
     tl.store(total + place, mass, mask=row < n_rows)
-    tl.store(score + rows, found, mask=(row < n_rows) & (wanted >= first) & (wanted < stop))
+    tl.store(score + rows, exponent + tl.log(factor), mask=(row < n_rows) & (wanted >= first) & (wanted < stop))
 
 
-@_tuned
 @triton.jit
 def gradient_kernel(
     hidden,
@@ -175,8 +198,8 @@ def gradient_kernel(
         weight: Shape (vocab_size, hidden_size): the vocabulary, or a part of it.
         bias: Shape (vocab_size,) or None.
         target: Shape (n_rows,), int64, counted from the first row of ``weight``.
-        peak: Shape (n_rows,), float32: the largest score over the whole vocabulary.
-        log_total: Shape (n_rows,), float32: the logarithm of the sum of ``exp(score - peak)`` over it.
+        peak: Shape (n_rows,), float32: the largest exponent over the whole vocabulary.
+        log_total: Shape (n_rows,), float32: the logarithm of the sum of ``exp(log_g(z) - peak)`` over it.
         grad: Shape (n_rows,), float32: the gradient with respect to the tokens' losses.
         d_logits: Shape (n_rows, vocab_size), any floating dtype, written.
         d_bias: Shape (blocks of rows, vocab_size), float32, written: sums over each block's rows; or None.
@@ -189,18 +212,84 @@ def gradient_kernel(
         block_v: Columns of a tile.
         block_d: Hidden units taken at a time.
     """
-    row = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    column = tl.program_id(1) * block_v + tl.arange(0, block_v)
+    first_row, first_column = tl.program_id(0) * block_n, tl.program_id(1) * block_v
+    z = _logits(
+        hidden,
+        weight,
+        bias,
+        first_row,
+        first_column,
+        n_rows,
+        vocab_size,
+        hidden_size,
+        precision,
+        block_n,
+        block_v,
+        block_d,
+    )
+    row, column = first_row + tl.arange(0, block_n), first_column + tl.arange(0, block_v)
     rows = tl.minimum(row, n_rows - 1).to(tl.int64)
-    columns = tl.minimum(column, vocab_size - 1).to(tl.int64)
-    z = _logits(hidden, weight, bias, rows, columns, hidden_size, precision, block_n, block_v, block_d)
-    scores, slope = activation(z)
-    p = tl.exp((scores - tl.load(peak + rows)[:, None]) - tl.load(log_total + rows)[:, None])
+    exponent, factor, slope = activation(z)
+    p = tl.exp((exponent - tl.load(peak + rows)[:, None]) - tl.load(log_total + rows)[:, None]) * factor
     hit = column[None, :] == tl.load(target + rows).to(tl.int32)[:, None]
     upstream = tl.load(grad + rows, mask=row < n_rows, other=0.0)
     gradient = (p - tl.where(hit, 1.0, 0.0)) * slope * upstream[:, None]
     inside = (row[:, None] < n_rows) & (column[None, :] < vocab_size)
     tl.store(d_logits + rows[:, None] * vocab_size + column[None, :], gradient, mask=inside)
     if d_bias is not None:
-        place = tl.program_id(0).to(tl.int64) * vocab_size + columns
+        place = tl.program_id(0).to(tl.int64) * vocab_size + column
         tl.store(d_bias + place, tl.sum(gradient, 0), mask=column < vocab_size)
+
+
+@triton.jit
+def rows_kernel(
+    logits,
+    target,
+    nll,
+    vocab_size,
+    stride,
+    activation: tl.constexpr,
+    differentiate: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The negative log-likelihood of a row of logits and, in their place, its gradient.
+
+    Args:
+        logits: Shape (n_rows, vocab_size), float32; overwritten where the row is differentiated.
+        target: Shape (n_rows,), int64.
+        nll: Shape (n_rows,), float32, written; nan where the target is no vocabulary entry.
+        vocab_size: Vocabulary entries.
+        stride: From one row of logits to the next.
+        activation: A value of :data:`ACTIVATIONS`.
+        differentiate: Whether to.
+        block: Columns taken at a time.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    wanted = tl.load(target + row)
+    largest = tl.full((block,), -float("inf"), tl.float32)
+    mass = tl.zeros((block,), tl.float32)
+    found = tl.zeros((block,), tl.float32)
+    for start in range(0, vocab_size, block):  # each lane sums for itself
+        column = start + tl.arange(0, block)
+        z = tl.load(logits + column, mask=column < vocab_size, other=0.0)
+        found += tl.where(column == wanted, z, 0.0)
+        exponent, factor, _ = activation(z)
+        exponent += tl.where(column < vocab_size, 0.0, -float("inf"))
+        larger = tl.maximum(largest, exponent)
+        shift = tl.where(larger == -float("inf"), 0.0, larger)
+        mass = mass * tl.exp(largest - shift) + tl.exp(exponent - shift) * factor
+        largest = larger
+    peak = tl.max(largest, 0)
+    log_total = tl.log(tl.sum(mass * tl.exp(largest - tl.where(peak == -float("inf"), 0.0, peak)), 0))
+    of_target, factor_of_target, _ = activation(tl.sum(found, 0))
+    loss = (peak - of_target - tl.log(factor_of_target)) + log_total
+    tl.store(nll + row, tl.where((wanted >= 0) & (wanted < vocab_size), loss, float("nan")))
+    if differentiate:
+        for start in range(0, vocab_size, block):
+            column = start + tl.arange(0, block)
+            z = tl.load(logits + column, mask=column < vocab_size, other=0.0)
+            exponent, factor, slope = activation(z)
+            p = tl.exp((exponent - peak) - log_total) * factor
+            gradient = (p - tl.where(column == wanted, 1.0, 0.0)) * slope
+            tl.store(logits + column, gradient, mask=column < vocab_size)
