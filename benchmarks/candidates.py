@@ -96,20 +96,27 @@ def candidates(size: Size, device: torch.device) -> list[Candidate]:
     users = functools.partial(linear_cross_entropy, activation=lambda z: z + F.logsigmoid(z))
     found.append(Candidate("a lambda, sigsoftmax's", "stock softmax", _training(users), "sigsoftmax"))
     sigsoftmax = functools.partial(linear_cross_entropy, activation="sigsoftmax")
+    softmax = functools.partial(linear_cross_entropy, activation="softmax")
     bfloat16 = functools.partial(torch.autocast, device.type, torch.bfloat16)
     for kind, of in (("bfloat16", functools.partial(_training, context=bfloat16)), ("evaluation", _evaluation)):
         baseline = f"{kind}: stock softmax"
         found.append(Candidate(baseline, baseline, of(_stock)))
         found += _both(f"{kind}: sigsoftmax", baseline, of(sigsoftmax), device)
+        found += _both(f"{kind}: softmax", baseline, of(softmax), device)
     if device.type == "cpu":
         found.append(Candidate("three products in chunks", "stock softmax", _chunked_products))
     return found + (_public_kernels(bfloat16) if device.type == "cuda" else [])
 
 
-def products(inputs: Inputs) -> dict[str, dict[str, Step]]:
-    """The three products that every loss takes, over all rows at once, by each library of the machine."""
-    weight = inputs.weight.detach()
-    rows = inputs.hidden.detach().repeat_interleave(inputs.size.n_experts, 0)
+def products(inputs: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Step]]:
+    """The three products that every loss takes, over all rows at once, by each library of the machine.
+
+    On a GPU the vocabulary is rounded up to a multiple of 64: its library is several times slower on others.
+    """
+    weight = inputs.weight.detach().to(dtype)
+    if weight.is_cuda:
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
+    rows = inputs.hidden.detach().to(dtype).repeat_interleave(inputs.size.n_experts, 0)
     logits = F.linear(rows, weight)
     out, of_rows, of_weight = torch.empty_like(logits), torch.empty_like(rows), torch.empty_like(weight)
     found: dict[str, dict[str, Step]] = {
@@ -117,7 +124,7 @@ def products(inputs: Inputs) -> dict[str, dict[str, Step]]:
         "of hidden": {"torch": lambda: [torch.mm(logits, weight, out=of_rows)]},
         "of weight": {"torch": lambda: [torch.mm(logits.t(), rows, out=of_weight)]},
     }
-    if rows.device.type == "cpu" and gemm._onednn_works():
+    if rows.device.type == "cpu" and dtype == torch.float32 and gemm._onednn_works():
         found["logits"]["onednn"] = lambda: [gemm._onednn(rows, weight, None)]
         found["of hidden"]["onednn"] = lambda: [gemm._onednn(logits, weight.t(), None)]
         found["of weight"]["onednn"] = lambda: [gemm._onednn(logits.t(), rows.t(), None)]
@@ -236,5 +243,6 @@ def _public_kernels(bfloat16: Callable[[], AbstractContextManager[Any]]) -> list
     if find_spec("cut_cross_entropy"):  # 16 bits only
         from cut_cross_entropy import linear_cross_entropy as cut
 
-        found.append(Candidate("bfloat16: Cut Cross-Entropy, softmax", baseline, _training(cut, bfloat16)))
+        loss = lambda hidden, weight, target: cut(hidden.bfloat16(), weight.bfloat16(), target)  # noqa: E731
+        found.append(Candidate("bfloat16: Cut Cross-Entropy, softmax", baseline, _training(loss)))
     return found

@@ -29,6 +29,7 @@ SIZES = [
     Size(2048, 768, 50_257),
     Size(840, 280, 10_000, 15),
 ]
+_FLOORS = {"floor": torch.float32, "bfloat16: floor": torch.bfloat16}
 _HEADER = ["", "ms", "of its baseline", "of sigsoftmax", "of the floor", "extra MB", "of the logits"]
 
 
@@ -92,7 +93,7 @@ def _result(
     seconds = _times(inputs, chosen, repeats, device) if repeats else {}
     return {
         "size": size._asdict(),
-        "floor_seconds": seconds.get("floor"),
+        "floor_seconds": {kind: seconds[kind] for kind in _FLOORS if kind in seconds},
         "candidates": [
             {
                 "name": c.name,
@@ -102,7 +103,7 @@ def _result(
                 "extra_bytes": memory[c.name],
                 "ratios": {
                     other: ratios(seconds[c.name], seconds[other])._asdict()
-                    for other in filter(None, (c.baseline, c.peer, "floor"))
+                    for other in filter(None, (c.baseline, c.peer, _floor_of(c.name)))
                     if repeats
                 },
             }
@@ -112,15 +113,25 @@ def _result(
 
 
 def _times(inputs: Inputs, chosen: list[Candidate], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    by_library = products(inputs)
     steps: dict[str, Step] = {c.name: c.make(inputs) for c in chosen}
-    steps |= {f"{product} {library}": step for product, of in by_library.items() for library, step in of.items()}
+    floors = {kind: products(inputs, dtype) for kind, dtype in _FLOORS.items()}
+    libraries = [(f, p, by, step) for f, of in floors.items() for p, found in of.items() for by, step in found.items()]
+    steps |= {f"{kind} {product} {library}": step for kind, product, library, step in libraries}
     seconds = alternate(steps, repeats, device)
-    fastest = [
-        min((seconds.pop(f"{product} {library}") for library in of), key=lambda found: quartiles(found).median)
-        for product, of in by_library.items()
-    ]
-    return seconds | {"floor": [sum(of_round) for of_round in zip(*fastest, strict=True)]}
+    for kind, of in floors.items():
+        fastest = [
+            min((seconds.pop(f"{kind} {product} {library}") for library in found), key=lambda s: quartiles(s).median)
+            for product, found in of.items()
+        ]
+        seconds[kind] = [sum(of_round) for of_round in zip(*fastest, strict=True)]
+    return seconds
+
+
+def _floor_of(name: str) -> str | None:
+    """Whose three products are the floor of a candidate; an evaluation has another one."""
+    if name.startswith("evaluation"):
+        return None
+    return "bfloat16: floor" if name.startswith("bfloat16") else "floor"
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -129,13 +140,12 @@ def _table(result: dict[str, Any]) -> str:
     for c in result["candidates"]:
         times = ["", "", "", ""]
         if c["seconds"]:
-            floor = "" if c["name"].startswith("evaluation") else "floor"  # of forward and backward
-            relative = [c["ratios"].get(other) for other in (c["baseline"], c["peer"], floor)]
-            times = [f"{1000 * quartiles(c['seconds']).median:.1f}"]
+            relative = [c["ratios"].get(other) for other in (c["baseline"], c["peer"], _floor_of(c["name"]))]
+            times = [f"{1000 * quartiles(c['seconds']).median:.2f}"]
             times += [f"{Quartiles(**ratio):.2f}" if ratio else "" for ratio in relative]
         rows.append([c["name"], *times, *_memory_cells(c["extra_bytes"], logit_bytes)])
-    if result["floor_seconds"]:
-        rows.append(["floor: three products", f"{1000 * quartiles(result['floor_seconds']).median:.1f}", *[""] * 5])
+    for kind, seconds in result["floor_seconds"].items():
+        rows.append([f"{kind}, three products", f"{1000 * quartiles(seconds).median:.2f}", *[""] * 5])
     return table(_HEADER, rows)
 
 
