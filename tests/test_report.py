@@ -194,6 +194,21 @@ def test_one_seed_says_what_the_test_set_says_and_no_more(store, capsys):
     assert f"seed 0: {np.mean(BETTER - BASE):+.4f} nats per token against softmax x1" in words
 
 
+def test_several_seeds_say_how_many_of_them_the_test_set_shows_a_difference_with(store, capsys, tmp_path):
+    noise = np.where(np.arange(len(IDS)) % 2, 1.0, -1.0)
+    shifts = {0: -0.3, 1: -0.1, 2: 0.2, 3: 0.003}
+    for seed, shift in shifts.items():
+        write_run(store, "softmax x1", seed, 100.0 + seed, nll=BASE)
+        write_run(store, "sigsoftmax x1", seed, 97.0 + 2 * seed, nll=BASE + shift + (noise if seed == 3 else 0.0))
+    words = " ".join(run_report(capsys, "--study", "demo", "--out", str(tmp_path)).split())
+    sentence = (
+        "sigsoftmax x1, on this test set, seed by seed: -0.3000 to +0.2000 nats per token against softmax x1; the 95 % "
+        "interval (bootstrap over blocks of text) is below zero in 2 of 4 seeds, above it in 1."
+    )
+    assert words.count("on this test set") == words.count(sentence) == 1
+    assert sentence in (tmp_path / "report.html").read_text()
+
+
 def test_nothing_finished(store, capsys):
     write_run(store, "softmax x1", 0, status="failed")
     main(["report", "--study", "demo"])

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from lit_sigsoftmax.compare.fairness import unfair_differences
 from lit_sigsoftmax.compare.figures import colours
 from lit_sigsoftmax.compare.page import TokenSection, page
 from lit_sigsoftmax.compare.results import Results, read_study
+from lit_sigsoftmax.compare.statistics import Bootstrap
 from lit_sigsoftmax.compare.table import as_csv, as_latex, as_markdown, columns, rich_table, rows
 from lit_sigsoftmax.compare.tokens import TokenPair, buckets, gains_table, largest_gains, token_pair
 from lit_sigsoftmax.connect import connect
@@ -168,19 +169,31 @@ def _sentences(study: Results, evidence: Evidence) -> list[str]:
             continue
         one = study.comparisons[arm.name]
         said.append(f"{arm.name}: {one.sentence}.")
-        for seed, found in bootstraps(study, evidence, arm).items():
-            low, high = found.interval
-            if len(one.seeds) == 1:
-                said.append(
-                    f"{arm.name}, on this test set with seed {seed}: {found.difference:+.4f} nats per token against "
-                    f"{base} (95 % from {low:+.4f} to {high:+.4f}, bootstrap over blocks of text). "
-                    "Another seed may turn it round."
-                )
+        if found := bootstraps(study, evidence, arm):
+            said.append(f"{arm.name}, {_on_this_test_set(found, base)}")
     if lost := [f"{run.name} ({run.state})" for arm in study.arms for run in arm.others]:
         said.append(f"Not counted: {', '.join(lost)}.")
     if tuned := [run for run in study.runs if run.state.startswith("tuning")]:
         said.append(f"{len(tuned)} more runs chose the arms' settings by validation and count in no mean.")
     return said
+
+
+def _on_this_test_set(found: Mapping[int, Bootstrap], base: str) -> str:
+    if len(found) == 1:
+        ((seed, one),) = found.items()
+        low, high = one.interval
+        return (
+            f"on this test set with seed {seed}: {one.difference:+.4f} nats per token against {base} "
+            f"(95 % from {low:+.4f} to {high:+.4f}, bootstrap over blocks of text). Another seed may turn it round."
+        )
+    differences = [one.difference for one in found.values()]
+    below = sum(one.interval[1] < 0 for one in found.values())
+    above = sum(one.interval[0] > 0 for one in found.values())
+    return (
+        f"on this test set, seed by seed: {min(differences):+.4f} to {max(differences):+.4f} nats per token against "
+        f"{base}; the 95 % interval (bootstrap over blocks of text) is below zero in {below} of {len(found)} seeds, "
+        f"above it in {above}."
+    )
 
 
 def _write(
