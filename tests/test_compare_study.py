@@ -71,6 +71,20 @@ def test_a_dry_run_shows_the_plan_and_makes_no_store(store, capsys):
     assert not (store.folder / "mlruns" / "mlflow.db").exists()
 
 
+def test_a_dry_run_estimates_each_arm_by_its_own_finished_runs(store, capsys):
+    experiment = store.client.create_experiment("corpus")
+    for arm, seconds in (("softmax x1", 50), ("softmax x1", 60), ("softmax x1", 70), ("softmax x4", 240)):
+        tags = {"kind": "fit", "study": "timed", "arm": arm, "config_hash": "of another seed"}
+        run = store.client.create_run(experiment, start_time=1000, tags=tags)
+        store.client.set_terminated(run.info.run_id, end_time=1000 + 1000 * seconds)
+    for further, estimate in (
+        ([], "about 5.0 minutes"),
+        (["relu"], "about 7.5 minutes (the mean of the others for relu x1)"),
+    ):
+        main(["compare", *TINY, "--study", "timed", "--dry_run", "--activations", "softmax", "softmax x4", *further])
+        assert capsys.readouterr().out.splitlines()[-1] == f"time, 1 at once: {estimate}"
+
+
 def wait_until(condition, seconds=120):
     for _ in range(seconds * 10):
         if found := condition():

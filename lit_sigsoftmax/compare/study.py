@@ -78,20 +78,16 @@ class Study:
     def describe(self, client: MlflowClient | None) -> str:
         """Return the plan in words: each run and its state, their number, and how long they will take."""
         options = self.options
-        later = sum(run.seed != options.runs[0].seed for run in options.runs) if options.tune else 0
+        later = [run for run in options.runs if run.seed != options.runs[0].seed] if options.tune else []
         planned = tuning_runs(options.runs, options.tune) if options.tune else options.runs
-        states = {run.name: _state(client, self.job(run)) for run in planned}
-        lines = [f"{name}: {state}" for name, state in states.items()]
+        states = {run: _state(client, self.job(run)) for run in planned}
+        lines = [f"{run.name}: {state}" for run, state in states.items()]
         if later:
-            lines.append(f"{later} more, with the values that each arm chooses: its other seeds")
-        left = len(planned) + later - list(states.values()).count("finished")
-        lines.append(f"{len(planned) + later} runs, {left} of them to train")
+            lines.append(f"{len(later)} more, with the values that each arm chooses: its other seeds")
+        left = [*(run for run, state in states.items() if state != "finished"), *later]
+        lines.append(f"{len(planned) + len(later)} runs, {len(left)} of them to train")
         runs = study_runs(client, options.study) if client else []
-        seconds = [_seconds(run) for run in runs if run.info.status == "FINISHED"]
-        estimate = "no estimate yet"
-        if seconds:
-            estimate = f"about {mean(seconds) * left / len(options.workers) / 60:.1f} minutes"
-        return "\n".join([*lines, f"time, {len(options.workers)} at once: {estimate}"])
+        return "\n".join([*lines, f"time, {len(options.workers)} at once: {_time(left, runs, len(options.workers))}"])
 
     def mark_baseline(self, client: MlflowClient) -> None:
         """Let every run of the study say which arm the others are compared with."""
@@ -107,8 +103,19 @@ def _state(client: MlflowClient | None, job: Job) -> str:
     return f"to be continued or started again ({runs[0].info.status})" if runs else "to be trained"
 
 
-def _seconds(run: Any) -> float:
-    return float(run.info.end_time - run.info.start_time) / 1000
+def _time(left: Sequence[PlannedRun], stored: Sequence[Any], workers: int) -> str:
+    """Return how long runs take in words, each as long as the finished ones of its arm."""
+    found: dict[str, list[float]] = {}
+    for run in stored:
+        if run.info.status == "FINISHED":
+            found.setdefault(run.data.tags.get("arm", ""), []).append((run.info.end_time - run.info.start_time) / 1000)
+    if not found:
+        return "no estimate yet"
+    seconds = {arm: mean(of_arm) for arm, of_arm in found.items()}
+    others = mean(seconds.values())
+    minutes = sum(seconds.get(run.arm, others) for run in left) / workers / 60
+    unknown = ", ".join(dict.fromkeys(run.arm for run in left if run.arm not in seconds))
+    return f"about {minutes:.1f} minutes" + (f" (the mean of the others for {unknown})" if unknown else "")
 
 
 def _values(values: dict[str, list[str]]) -> str:
