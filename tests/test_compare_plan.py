@@ -19,6 +19,18 @@ def test_varied_keys_make_arms_and_name_them_shortly():
     assert {run.seed for run in runs[:8]} == {0}
 
 
+def test_keys_with_the_same_last_part_keep_as_much_before_it_as_tells_them_apart():
+    classes, hidden = ["a.One", "b.Two"], ["100"]
+    vary = {"optimizer.class_path": classes, "model.backbone.class_path": classes, "model.backbone.hidden_size": hidden}
+    runs = plan(["softmax"], [1], [0], vary)
+    assert len({run.arm for run in runs}) == 4
+    assert runs[1].arm == "softmax x1 optimizer.class_path=a.One backbone.class_path=b.Two hidden_size=100"
+    tried = tuning_runs(plan(["softmax"], [1], [0], {"model.dropout": ["0"]}), {"model.backbone.dropout": ["0.1"]})
+    assert tried[0].name == "softmax x1 dropout=0 backbone.dropout=0.1 seed 0"
+    (one,) = plan(["softmax"], [1], [0], {"dropout": ["0"], "model.dropout": ["1"]})
+    assert one.arm == "softmax x1 dropout=0 model.dropout=1"
+
+
 def test_an_arm_may_be_named_with_its_own_number_of_experts():
     runs = plan(["softmax", "my.module.log_g", "softmax x4", "relu x2"], [1, 3], [0])
     assert [run.arm for run in runs] == [

@@ -107,6 +107,18 @@ def test_each_value_of_what_is_varied_has_its_own_baseline(store):
     assert [row[5] for row in rows(study)] == ["-3.00", "baseline", "-3.00", "baseline"]
 
 
+def test_keys_with_the_same_last_part_are_told_apart(store):
+    values = ["0", "0.2"]
+    for run in plan(["softmax", "relu"], [1], [0], {"model.backbone.dropout": values, "model.dropout": values}):
+        write_run(store, f"{run.activation} x1", 0, 100.0, arm=run.arm)
+    study = read_study(store.client, ["demo"])
+    assert len(study.comparisons) == 4
+    assert {one.baseline.replace("softmax", "relu") for one in study.comparisons.values()} == set(study.comparisons)
+    assert {tuple(arm.varied.items()) for arm in study.arms} == {
+        (("backbone.dropout", one), ("model.dropout", two)) for one in values for two in values
+    }
+
+
 # Which runs, and what they are called
 
 

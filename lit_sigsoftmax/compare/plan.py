@@ -33,12 +33,12 @@ class PlannedRun:
     @property
     def arm(self) -> str:
         """What is compared: all runs that differ in their seed alone, as in ``sigsoftmax x4 hidden_size=200``."""
-        return " ".join([f"{self.activation} x{self.n_experts}", *map(_short, self.varied)])
+        return " ".join([f"{self.activation} x{self.n_experts}", *_short(self.varied, self.varied)])
 
     @property
     def name(self) -> str:
         """The run in words, as in ``sigsoftmax x4 seed 2``."""
-        return " ".join([self.arm, *map(_short, self.tuned), f"seed {self.seed}"])
+        return " ".join([self.arm, *_short(self.tuned, (*self.varied, *self.tuned)), f"seed {self.seed}"])
 
     @property
     def arguments(self) -> list[str]:
@@ -126,6 +126,13 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def _short(setting: tuple[str, str]) -> str:
-    key, value = setting
-    return f"{key.rpartition('.')[2]}={value}"
+def _short(settings: Settings, among: Settings) -> list[str]:
+    """Return each setting under the shortest end of its key that no other key among them has."""
+    paths = [key.split(".") for key, _ in among]
+    words = []
+    for key, value in settings:
+        path = key.split(".")
+        ends = (path[-n:] for n in range(1, len(path)))
+        end = next((end for end in ends if sum(other[-len(end) :] == end for other in paths) == 1), path)
+        words.append(f"{'.'.join(end)}={value}")
+    return words
