@@ -1,5 +1,6 @@
 """``lit-sigsoftmax report``: everything about a study from the store alone."""
 
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -154,6 +155,21 @@ def test_an_arm_that_diverged_is_named_where_it_cannot_be_drawn(store, capsys, t
         assert "not drawn: relu x1 at 20,000" in words
         assert {"softmax x1", "sigsoftmax x1"} <= set(words)
         assert "relu x1" not in words
+
+
+def test_arms_that_are_near_each_other_can_be_told_apart_where_speed_is_drawn(store, capsys, tmp_path):
+    layers = [f"{activation} x{k}" for activation in ("softmax", "sigsoftmax", "relu", "sigmoid") for k in (1, 4)]
+    for i, layer in enumerate(layers):
+        write_run(store, layer, 0, 130.0 if i == 7 else 100.0 + 0.1 * i, metrics={"train/tokens_per_second": 900.0 + i})
+    run_report(capsys, "--study", "demo", "--out", str(tmp_path))
+    svg = (tmp_path / "figures" / "speed.svg").read_text()
+    texts = re.findall(r'<text [^>]* x="(\S+)" y="(\S+)"[^>]*>([^<]+)', svg)
+    places = {name: (float(x), float(y)) for x, y, name in texts}
+    for one, other in itertools.combinations(layers, 2):
+        (x, y), (other_x, other_y) = places[one], places[other]
+        assert abs(y - other_y) > 9 or abs(x - other_x) > 90, (one, other)
+    legend = svg[svg.index('id="legend_1"') :]
+    assert len(set(re.findall(r'<use xlink:href="(#\w+)"[^>]*style="fill: (#\w+)', legend))) == len(layers)
 
 
 def test_another_baseline(again, capsys, tmp_path):

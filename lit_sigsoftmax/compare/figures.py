@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ __all__ = ["bottleneck", "colours", "frequencies", "learning_curves", "perplexit
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BASELINE = "#808080"
 _STYLES = ("-", "--", ":", "-.")
+_MARKERS = "osD^vPX"  # in turn: also where colours come again, or cannot be seen, each arm has its own
 _INK = "#010203"  # becomes currentColor
 _FAR = 5  # times the best perplexity: an arm beyond it would press all the others into a line
 
@@ -85,15 +87,15 @@ def speed(study: Results) -> str:
     """Draw training speed against test perplexity, means over seeds."""
     shown, title = _shown(study, "Speed against perplexity")
     figure, axes = _figure(title, "training tokens per second", "test perplexity")
-    for arm, style in shown:
+    # In the legend and not beside the points, where the names of arms that are near each other would overlap.
+    for (arm, style), marker in zip(shown, itertools.cycle(_MARKERS)):
         rate = arm.values("train/tokens_per_second").values()
         if rate:
-            x, y = mean(rate), mean(arm.values("test/perplexity").values())
-            axes.plot(x, y, "o", color=style["color"], markersize=9)
-            axes.annotate(arm.name, (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=9)
-    axes.margins(0.25)
-    axes.set_xlim(left=0)
-    return _svg(figure, "speed")
+            result = mean(arm.values("test/perplexity").values())
+            axes.plot(mean(rate), result, marker, label=arm.name, color=style["color"], markersize=9, alpha=0.8)
+    axes.margins(0.1)
+    axes.set_xlim(0, 1.1 * axes.get_xlim()[1])
+    return _svg(figure, "speed", legend=axes)
 
 
 def spectra(study: Results, values: Mapping[str, NDArray[np.float64]]) -> str:
