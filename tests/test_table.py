@@ -8,6 +8,7 @@ import pytest
 from report_helpers import write_run
 
 from lit_sigsoftmax import OutputHead
+from lit_sigsoftmax.compare.evidence import draw, read_evidence
 from lit_sigsoftmax.compare.plan import PlannedRun, parse_seeds, plan
 from lit_sigsoftmax.compare.results import read_study
 from lit_sigsoftmax.compare.table import as_csv, as_latex, as_markdown, columns, rows
@@ -93,6 +94,24 @@ def test_the_rank_is_a_column_where_it_was_measured(store):
     study = read_study(store.client, ["demo"])
     cells = dict(zip(columns(study), rows(study)[0], strict=True))
     assert (cells["rank"], cells["eff. rank"]) == ("202", "23")
+
+
+def test_a_rank_that_can_be_no_larger_is_marked(store):
+    for layer, seed, rank in (
+        ("softmax x1", 0, 202),
+        ("softmax x1", 1, 203),
+        ("relu x1", 0, 3000),
+        ("relu x1", 1, 4096),
+    ):
+        metrics = {"test/log_prob_rank": rank, "test/log_prob_rank_limit": 4096, "test/effective_rank_1e-4": 23}
+        write_run(store, layer, seed, 100.0, metrics=metrics, spectrum=[2.0, 1.0])
+    study = read_study(store.client, ["demo"])
+    place = columns(study).index("rank")
+    assert {row[0]: row[place] for row in rows(study)} == {"softmax x1": "202", "relu x1": "≥ 3,548"}
+    assert r"$\geq$ 3,548" in as_latex(study)
+    records = {record["arm"]: record for record in csv.DictReader(io.StringIO(as_csv(study)))}
+    assert (records["relu x1"]["log_prob_rank"], records["relu x1"]["log_prob_rank_limit"]) == ("3548.0", "4096.0")
+    assert "relu x1, rank ≥ 3,548" in draw(study, read_evidence(store.client, study))["spectra"]
 
 
 def test_each_value_of_what_is_varied_has_its_own_baseline(store):

@@ -114,8 +114,7 @@ def spectra(study: Results, values: Mapping[str, NDArray[np.float64]]) -> str:
                 spectrum = values[run.id] / values[run.id][0]
                 index = np.unique(np.geomspace(1, len(spectrum), 300).astype(int))  # ten thousand points look the same
                 axes.plot(index, spectrum[index - 1], **style)
-        ranks = arm.values("test/log_prob_rank").values()
-        axes.plot([], [], label=arm.name + (f", rank {mean(ranks):,.0f}" if ranks else ""), **style)
+        axes.plot([], [], label=arm.name + (f", rank {arm.rank}" if arm.rank else ""), **style)
     return _svg(figure, "spectra", legend=axes)
 
 

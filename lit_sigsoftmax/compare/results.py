@@ -87,6 +87,15 @@ class Arm:
         known = [run.params["parameters"] for run in (*self.runs, *self.others) if "parameters" in run.params]
         return int(known[0]) if known else None
 
+    @property
+    def rank(self) -> str:
+        """The mean of ``test/log_prob_rank`` in words, ``≥ 4,096`` where a run has the most it could; empty without."""
+        counts, limits = self.values("test/log_prob_rank"), self.values("test/log_prob_rank_limit")
+        if not counts:
+            return ""
+        at_limit = any(count >= limits.get(seed, math.inf) for seed, count in counts.items())
+        return f"{'≥ ' if at_limit else ''}{mean(counts.values()):,.0f}"
+
     def values(self, metric: str) -> dict[int, float]:
         """Return a metric by seed, of the runs that have it."""
         return {run.seed: run.metrics[metric] for run in self.runs if run.seed is not None and metric in run.metrics}

@@ -16,8 +16,8 @@ __all__ = ["as_csv", "as_latex", "as_markdown", "columns", "rich_table", "rows"]
 
 _COLUMNS = ("output layer", "seeds", "params", "val ppl", "test ppl", "Δ ppl", "95 % interval", "p", "tokens/s")
 _TERMINAL = ("output layer", "seeds", "test ppl", "Δ ppl", "p", "tokens/s")  # what 80 columns hold
-_RANKS = {"rank": "test/log_prob_rank", "eff. rank": "test/effective_rank_1e-4"}
-_TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "Δ": r"$\Delta$"} | {c: f"\\{c}" for c in "&%$#_{}"}
+_RANKS = ("rank", "eff. rank")
+_TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "Δ": r"$\Delta$", "≥": r"$\geq$"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
 def columns(study: Results) -> tuple[str, ...]:
@@ -25,10 +25,10 @@ def columns(study: Results) -> tuple[str, ...]:
 
     Perplexities are mean ± sample standard deviation over seeds; Δ ppl is the mean difference from the baseline in
     pairs of the same seed, with its confidence interval and the p-value of a paired t-test after Holm's correction;
-    rank and effective rank, where they were measured, are the means of ``test/log_prob_rank`` and
-    ``test/effective_rank_1e-4``.
+    rank and effective rank, where they were measured, are the means of ``test/log_prob_rank``, with ≥ where a run is
+    at ``test/log_prob_rank_limit``, and of ``test/effective_rank_1e-4``.
     """
-    return (*_COLUMNS, *_RANKS) if any(arm.values(_RANKS["rank"]) for arm in study.arms) else _COLUMNS
+    return (*_COLUMNS, *_RANKS) if any(arm.rank for arm in study.arms) else _COLUMNS
 
 
 def rows(study: Results) -> list[tuple[str, ...]]:
@@ -78,7 +78,10 @@ def as_csv(study: Results) -> str:
 def _record(study: Results, arm: Arm) -> dict[str, object]:
     val, test = (list(arm.values(name).values()) for name in ("val/best_perplexity", "test/perplexity"))
     speed = arm.values("train/tokens_per_second").values()
-    rank, effective = (list(arm.values(name).values()) for name in _RANKS.values())
+    rank, limit, effective = (
+        list(arm.values(f"test/{name}").values())
+        for name in ("log_prob_rank", "log_prob_rank_limit", "effective_rank_1e-4")
+    )
     one = study.comparisons.get(arm.name)
     low, high = one.interval if one and one.interval else (None, None)
     return {
@@ -93,6 +96,7 @@ def _record(study: Results, arm: Arm) -> dict[str, object]:
         "test_perplexity_sd": stdev(test) if len(test) > 1 else None,
         "tokens_per_second": mean(speed) if speed else None,
         "log_prob_rank": mean(rank) if rank else None,
+        "log_prob_rank_limit": mean(limit) if limit else None,
         "effective_rank_1e-4": mean(effective) if effective else None,
         "pairs": len(one.seeds) if one else None,
         "difference": one.difference if one else None,
@@ -108,7 +112,7 @@ def _record(study: Results, arm: Arm) -> dict[str, object]:
 def _cells(study: Results, arm: Arm) -> tuple[str, ...]:
     one = study.comparisons.get(arm.name)
     speed = arm.values("train/tokens_per_second").values()
-    ranks = (arm.values(name).values() for name in _RANKS.values())
+    effective = arm.values("test/effective_rank_1e-4").values()
     others = _not_counted(arm)
     return (
         arm.name,
@@ -120,7 +124,8 @@ def _cells(study: Results, arm: Arm) -> tuple[str, ...]:
         f"{one.interval[0]:+.2f} to {one.interval[1]:+.2f}" if one and one.interval else "-",
         _p(one.adjusted_p) if one and one.adjusted_p is not None else "-",
         f"{mean(speed):,.0f}" if speed else "-",
-        *(f"{mean(rank):,.0f}" if rank else "-" for rank in ranks),
+        arm.rank or "-",
+        f"{mean(effective):,.0f}" if effective else "-",
     )
 
 
