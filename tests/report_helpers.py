@@ -1,11 +1,12 @@
 """Runs as training leaves them in a store, without the training: for the tests of what is made of them."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
+from lit_sigsoftmax.analysis import Spectrum
 from lit_sigsoftmax.tracking import MLflowTracker
 
 TYPES = ("<eos>", "the", "cat", "sat", "rare")
@@ -41,7 +42,8 @@ def write_run(store, layer, seed, test=None, *, nll=None, spectrum=None, status=
             np.savez_compressed(Path(folder, "test_tokens.npz"), ids=IDS, types=types, counts=COUNTS)
             client.log_artifacts(run_id, folder)
     if spectrum is not None:
-        client.log_text(run_id, json.dumps({"singular_values": spectrum}), "spectrum.json")
+        values = torch.tensor(spectrum, dtype=torch.float64)
+        client.log_text(run_id, Spectrum(values, len(IDS), len(TYPES), torch.float64).to_json(), "spectrum.json")
     if status != "running":
         tracker.finalize(status)
     return run_id

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from report_helpers import IDS, write_run
+from report_helpers import IDS, TYPES, write_run
 
 from lit_sigsoftmax.cli import main
 from lit_sigsoftmax.compare.figures import colours
@@ -170,6 +170,19 @@ def test_arms_that_are_near_each_other_can_be_told_apart_where_speed_is_drawn(st
         assert abs(y - other_y) > 9 or abs(x - other_x) > 90, (one, other)
     legend = svg[svg.index('id="legend_1"') :]
     assert len(set(re.findall(r'<use xlink:href="(#\w+)"[^>]*style="fill: (#\w+)', legend))) == len(layers)
+
+
+def test_the_threshold_of_the_rank_is_drawn(store, capsys, tmp_path):
+    threshold = 0.5 * (len(IDS) + len(TYPES) + 1) ** 0.5 * 2**-52
+    for layer, last in (("softmax x1", threshold), ("sigsoftmax x1", 0.1)):
+        write_run(store, layer, 0, 100.0, spectrum=[4.0, 2.0, 4.0 * last])
+    run_report(capsys, "--study", "demo", "--out", str(tmp_path))
+    svg = (tmp_path / "figures" / "spectra.svg").read_text()
+    assert svg.count("threshold of Press et al.") == 1
+    lines = re.findall(r'<path d="([^"]+)" clip-path="[^"]*" style="fill: none; ([^"]*)"', svg)
+    (dotted,) = [path for path, style in lines if "stroke-dasharray" in style]
+    (softmax,) = [path for path, style in lines if "stroke: #808080" in style and path.count("L") == 2]
+    assert float(dotted.split()[-1]) == pytest.approx(float(softmax.split()[-1]))
 
 
 def test_another_baseline(again, capsys, tmp_path):

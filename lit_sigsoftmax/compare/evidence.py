@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_sigsoftmax.analysis import Spectrum
 from lit_sigsoftmax.compare import figures
 from lit_sigsoftmax.compare.results import Arm, Results, Run, artifact
 from lit_sigsoftmax.compare.statistics import Bootstrap, block_bootstrap
@@ -30,13 +30,13 @@ class Evidence:
 
     Attributes:
         histories: Steps and values of ``val/perplexity``.
-        spectra: Singular values of the matrix of log-probabilities, descending.
+        spectra: Spectrum of the matrix of log-probabilities.
         losses: The loss of each test token, nats.
         text: The test tokens; None where they are not stored.
     """
 
     histories: Mapping[str, figures.Curve]
-    spectra: Mapping[str, NDArray[np.float64]]
+    spectra: Mapping[str, Spectrum]
     losses: Mapping[str, NDArray[np.float64]]
     text: Text | None
 
@@ -105,6 +105,6 @@ def _history(client: MlflowClient, run: Run) -> figures.Curve:
     return steps, [points[step] for step in steps]
 
 
-def _spectrum(client: MlflowClient, run: Run) -> NDArray[np.float64] | None:
+def _spectrum(client: MlflowClient, run: Run) -> Spectrum | None:
     content = artifact(client, run, "spectrum.json")
-    return None if content is None else np.array(json.loads(content)["singular_values"])
+    return None if content is None else Spectrum.from_json(content.decode())

@@ -9,12 +9,13 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lit_sigsoftmax.compare.results import Arm, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from lit_sigsoftmax.analysis import Spectrum
 
 __all__ = ["bottleneck", "colours", "frequencies", "learning_curves", "perplexities", "spectra", "speed"]
 
@@ -98,23 +99,26 @@ def speed(study: Results) -> str:
     return _svg(figure, "speed", legend=axes)
 
 
-def spectra(study: Results, values: Mapping[str, NDArray[np.float64]]) -> str:
-    """Draw the singular values of the matrix of log-probabilities, the largest as 1, of each run.
+def spectra(study: Results, found: Mapping[str, Spectrum]) -> str:
+    """Draw the singular values of the matrix of log-probabilities, the largest as 1, of each run, and the threshold.
 
     Args:
         study: The study.
-        values: Singular values of a run, descending, by its id.
+        found: The spectrum of a run, by its id.
     """
     figure, axes = _figure("Spectrum of the log-probabilities", "index", "singular value, largest = 1")
     axes.set_xscale("log")
     axes.set_yscale("log")
     for arm, style in _styled(study):
         for run in arm.runs:
-            if run.id in values:
-                spectrum = values[run.id] / values[run.id][0]
-                index = np.unique(np.geomspace(1, len(spectrum), 300).astype(int))  # ten thousand points look the same
-                axes.plot(index, spectrum[index - 1], **style)
+            if run.id in found:
+                values = found[run.id].singular_values.numpy()
+                index = np.unique(np.geomspace(1, len(values), 300).astype(int))  # ten thousand points look the same
+                axes.plot(index, values[index - 1] / values[0], **style)
         axes.plot([], [], label=arm.name + (f", rank {arm.rank}" if arm.rank else ""), **style)
+    levels = {one.press_threshold() / float(one.singular_values[0]) for one in found.values()}
+    for i, level in enumerate(sorted(levels)):  # one, where all matrices have the same size
+        axes.axhline(level, color=_INK, linestyle=":", linewidth=1.2, label="" if i else "threshold of Press et al.")
     return _svg(figure, "spectra", legend=axes)
 
 
