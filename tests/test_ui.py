@@ -133,16 +133,21 @@ def test_the_page_is_served_to_this_machine_until_interrupted_or_terminated(stor
 
 @pytest.fixture(scope="module")
 def chromium():
-    """Returns the page that a real browser makes of an address: the document after its scripts have run."""
+    """Returns the page that a real browser makes of an address: the document after its scripts have run.
+
+    What it looks like is kept beside the browser's profile, in the test's folder: ``--basetemp`` says where that is.
+    """
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no Chromium on this machine: the pages are not looked at (apt-get install chromium)")
 
-    def page(address, profile):
+    def page(address, screenshot):
+        profile = screenshot.with_name("profile")
         flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--window-size=1600,1100"]
-        command = [program, *flags, "--virtual-time-budget=60000", "--dump-dom", address]
+        command = [program, *flags, "--virtual-time-budget=60000", f"--screenshot={screenshot}", "--dump-dom", address]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
+        assert screenshot.read_bytes().startswith(b"\x89PNG")
         return re.sub(r"<(script|style)\b.*?</\1>", "", done.stdout, flags=re.S)
 
     return page
@@ -158,7 +163,7 @@ def test_what_a_person_sees(chromium, store, tmp_path, capsys):
     write_run(store, "relu x1", 0, status="failed", study="another")
     main(["report", "--study", "demo", "--out", str(tmp_path / "report")])
     printed = capsys.readouterr().out
-    page = chromium((tmp_path / "report" / "report.html").as_uri(), tmp_path / "profile")
+    page = chromium((tmp_path / "report" / "report.html").as_uri(), tmp_path / "report.png")
     assert re.search(r'<tr class="baseline">\s*<td><span[^>]*></span>softmax x1</td>', page)
     assert len(re.findall(r"<figure[^>]*><svg", page)) == 4
     assert re.search(
@@ -169,7 +174,7 @@ def test_what_a_person_sees(chromium, store, tmp_path, capsys):
     with UI(store, tmp_path / "ui.log") as ui:
         ui.wait()
         address = re.search(r"^Compare: (http\S+)$", printed, re.M)[1].replace(":5000/", f":{ui.port}/")
-        words = re.split(r"<[^>]+>", chromium(address, tmp_path / "profile"))
+        words = re.split(r"<[^>]+>", chromium(address, tmp_path / "mlflow.png"))
     shown = [word for word in words if word.startswith("Group: ")]
     assert shown == ["Group: sigsoftmax x4", "Group: softmax x1"]  # the lower perplexity first
     assert {f"{layer} seed {seed}" for layer in ("softmax x1", "sigsoftmax x4") for seed in (0, 1)} <= set(words)
