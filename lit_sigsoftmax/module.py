@@ -19,7 +19,7 @@ from lit_sigsoftmax.activations import ActivationSpec, vouched_for
 from lit_sigsoftmax.backbones.interface import embedding_weight, sizes
 from lit_sigsoftmax.checkpoints import CheckpointError
 from lit_sigsoftmax.data.streams import Segments
-from lit_sigsoftmax.faults import loss_memory, non_finite_loss
+from lit_sigsoftmax.faults import TrainingError, loss_memory, non_finite_loss
 from lit_sigsoftmax.functional import IGNORE_INDEX
 from lit_sigsoftmax.heads import OutputHead
 from lit_sigsoftmax.metrics import NegativeLogLikelihood
@@ -273,7 +273,7 @@ class LanguageModel(LightningModule):
         context_min = getattr(getattr(self.trainer, "datamodule", None), "context_min", None)
         carries_state = self._state[stage] is not None
         if carries_state and context_min:
-            raise ValueError(
+            raise TrainingError(
                 f"data.context_min is {context_min}, but the backbone carries its state from segment to segment and "
                 "would read the overlap twice: set data.context_min to 0"
             )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopSignals", "Stopped"]
+__all__ = ["StopSignals", "Stopped", "stoppable"]
 
 
 class Stopped(SystemExit):
@@ -22,6 +24,27 @@ class Stopped(SystemExit):
     def __init__(self, signum: int, quietly: bool = False) -> None:
         super().__init__(0 if quietly else 128 + signum)
         self.signum = signum
+
+
+@contextmanager
+def stoppable(*signums: int) -> Iterator[None]:
+    """Let signals end the block with :class:`Stopped`, at once.
+
+    From other threads than the main one Python lets nobody handle signals.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, stop) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class StopSignals:

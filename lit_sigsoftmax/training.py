@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +26,7 @@ from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.parser import Parser, place
 from lit_sigsoftmax.resume import in_folder, newest, run_folder, settings
 from lit_sigsoftmax.scoring import score_table
+from lit_sigsoftmax.signals import Stopped, stoppable
 from lit_sigsoftmax.store import TrackingError, default_tracking_uri, flatten, without_password
 from lit_sigsoftmax.tracking import tracker_of
 from lit_sigsoftmax.views import comparison_url
@@ -36,7 +38,7 @@ _DESCRIPTION = """Output layers for language models, head to head. Further comma
 layers over several seeds; report rebuilds its tables and figures; ui shows the runs in MLflow."""
 _CHOSEN = "LIT_SIGSOFTMAX_CKPT_PATH"  # for the processes that this one starts
 _BAR_STEPS = 10  # between two states of the progress bar
-_KEYWORDS = ("best", "hpc", "registry")  # of Lightning
+_KEYWORDS = ("hpc", "registry")  # of Lightning
 _NOISE = (
     "LightningCLI's args parameter is intended",
     "`LanguageModel.configure_optimizers` will be overridden",  # by the recipe's optimizer, as it should
@@ -148,8 +150,11 @@ class LanguageModelCLI(LightningCLI):
         try:
             if command == "fit" and path in (None, "last"):
                 self._find_last(config)
-            elif path == "last":
-                self.parser.error("last is for fit: give the path of a checkpoint, a run's tag checkpoint.last says it")
+            elif path in ("best", "last"):
+                self.parser.error(
+                    f"{path} says nothing to {command}: give the path of a checkpoint, a run's tag checkpoint.{path} "
+                    "says it"
+                )
             elif path and path not in _KEYWORDS and "://" not in path:
                 open_checkpoint(path)
         except FileNotFoundError:
@@ -183,6 +188,16 @@ class LanguageModelCLI(LightningCLI):
     def _model_config(self) -> dict[str, object]:
         command = self.config.get("subcommand")
         return self.config[command]["model"].as_dict() if command else {}
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        # Lightning closes a run that ends within the trainer, and looks for signals from the middle of the start on.
+        try:
+            with stoppable(SIGTERM, SIGINT):
+                super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if tracker := tracker_of(self.trainer):
+                tracker.finalize("killed" if isinstance(error, Stopped) else "failed")
+            raise
 
     def fit(self, **kwargs: Any) -> None:
         """Train.

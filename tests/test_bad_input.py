@@ -210,6 +210,7 @@ CASES = {
     "checkpoint": (["test", *CORPUS, "--ckpt_path=gone.ckpt"], ["gone.ckpt"]),
     "checkpoint to continue": (["fit", *CORPUS, "--ckpt_path=gone.ckpt"], ["gone.ckpt"]),
     "checkpoint before there is one": (["test", *CORPUS, "--ckpt_path=last"], ["last"]),
+    "best checkpoint before there is one": (["fit", *CORPUS, "--ckpt_path=best"], ["best says nothing to fit", "path"]),
     "damaged checkpoint": (["test", *CORPUS, "--ckpt_path=damaged.ckpt"], ["damaged.ckpt"]),
     # commands
     "command": (["fitt", *CORPUS], ["'fitt'", "fit"]),

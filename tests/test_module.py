@@ -14,6 +14,7 @@ from lit_sigsoftmax import LanguageModel
 from lit_sigsoftmax.activations import activation_spec, available_activations, get_activation
 from lit_sigsoftmax.backbones import RecurrentBackbone, TransformerBackbone
 from lit_sigsoftmax.data import Corpus, CorpusDataModule
+from lit_sigsoftmax.faults import TrainingError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(LeafSpec|many workers|log_every_n_steps|ModelCheckpoint|carries no state)"
@@ -315,7 +316,7 @@ def test_every_token_is_counted_once_at_any_number_of_streams(streams, trainer):
 
 
 def test_overlapping_windows_are_for_models_without_state(trainer):
-    with pytest.raises(ValueError, match=r"data\.context_min is 4.*set data\.context_min to 0"):
+    with pytest.raises(TrainingError, match=r"data\.context_min is 4.*set data\.context_min to 0"):
         trainer().test(build("lstm"), TinyData(context_min=4), verbose=False)
     with pytest.warns(UserWarning, match=r"carries no state and data\.context_min is 0"):
         trainer().test(build("transformer"), TinyData(), verbose=False)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -24,7 +22,7 @@ from lit_sigsoftmax.compare.run import check, train
 from lit_sigsoftmax.compare.study import Study
 from lit_sigsoftmax.compare.tuning import choose
 from lit_sigsoftmax.connect import connect
-from lit_sigsoftmax.signals import Stopped
+from lit_sigsoftmax.signals import Stopped, stoppable
 from lit_sigsoftmax.spool import sync
 from lit_sigsoftmax.store import TrackingError, impatient, reason, sqlite_path, store_root, without_password
 
@@ -54,7 +52,7 @@ def compare(args: Sequence[str]) -> None:
     options = read_options(args)
     again = f"the same command with --study '{options.study}' continues it"
     try:
-        with _terminable():
+        with stoppable(signal.SIGTERM):  # as Ctrl-C does, so that the runs write their checkpoints
             _compare(options)
     except (KeyboardInterrupt, Stopped) as stop:
         print(f"interrupted: {again}", file=sys.stderr)
@@ -66,23 +64,6 @@ def compare(args: Sequence[str]) -> None:
         address = without_password(options.tracking_uri)
         print(f"error: the tracking store {address} fails ({reason(error)}): later, {again}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that the runs write their checkpoints."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Stopped(signum)
-
-    if threading.current_thread() is not threading.main_thread():  # Python lets it handle no signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _compare(options: Options) -> None:
