@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import TYPE_CHECKING
 
 from lit_sigsoftmax.store import TrackingError, impatient, open_client, reason, without_password
@@ -9,7 +11,9 @@ from lit_sigsoftmax.store import TrackingError, impatient, open_client, reason, 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["connect"]
+__all__ = ["connect", "connect_again"]
+
+_INTERVAL = 5.0  # seconds between two attempts while the store is away
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -33,3 +37,20 @@ def connect(tracking_uri: str) -> MlflowClient:
             f"cannot use the tracking store {without_password(tracking_uri)} ({reason(error)}): start it, or name "
             "another with --tracking_uri or MLFLOW_TRACKING_URI"
         ) from error
+
+
+def connect_again(tracking_uri: str) -> MlflowClient:
+    """Open a tracking store that has been there before; where it is away, say so once and wait until it is back.
+
+    Args:
+        tracking_uri: The store.
+    """
+    told = False
+    while True:
+        try:
+            return connect(tracking_uri)
+        except TrackingError as error:
+            if not told:
+                print(f"waiting: {error}", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(_INTERVAL)

@@ -1,18 +1,22 @@
 """Comparisons whose store goes away, is shared with other machines, or is written by several commands."""
 
+import json
 import os
 import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from signal import SIGKILL
 
 import pytest
 from cli_helpers import NO_SYSTEM_METRICS, SCRIPT, SMALL, run_process
+from fork_helpers import AtCall, Run
 from server_helpers import Server
 
 from lit_sigsoftmax.cli import main
 from lit_sigsoftmax.compare.job import Job, close
+from lit_sigsoftmax.spool import sync
 from lit_sigsoftmax.store import TrackingError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*many workers")]
@@ -66,7 +70,8 @@ def test_a_run_that_ends_in_an_outage_takes_nothing_with_it_and_is_compared(serv
     for name in ("first", "second"):
         Path(f"{name}.py").write_text(WAITS)
         Path(name).touch()
-    command = [*SCRIPT, "compare", *TINY, "--activations", "first.log_g", "second.log_g", "--study", "outage"]
+    arms = ("first.log_g", "second.log_g", "softmax")
+    command = [*SCRIPT, "compare", *TINY, "--activations", *arms, "--study", "outage"]
     environment = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "OMP_NUM_THREADS": "1"}
     errors = Path("errors.txt")
     with errors.open("w") as err:
@@ -76,7 +81,11 @@ def test_a_run_that_ends_in_an_outage_takes_nothing_with_it_and_is_compared(serv
         server.kill()
         Path("first").unlink()
         wait_until(lambda: process.poll() is not None or "first.log_g x1 seed 0: done" in errors.read_text())
-        assert "first.log_g x1 seed 0: done, but not in the store yet" in errors.read_text()
+        assert "first.log_g x1 seed 0: done, but not in the store yet (Connection refused)" in errors.read_text()
+        begins = Path("mlruns", "logs", "outage", "softmax x1 seed 0.log")
+        wait_until(
+            lambda: begins.exists() and f"waiting: cannot use the tracking store {server.uri}" in begins.read_text()
+        )
         server.start()
         Path("second").unlink()
         out = process.communicate(timeout=120)[0].decode()
@@ -85,8 +94,28 @@ def test_a_run_that_ends_in_an_outage_takes_nothing_with_it_and_is_compared(serv
     assert process.returncode == 0, errors.read_text()
     assert "Traceback" not in errors.read_text()
     assert "second.log_g x1 seed 0: done after" in errors.read_text()
-    assert [run.info.status for run in runs_of(server, "outage")] == ["FINISHED"] * 2
-    assert {"first.log_g x1", "second.log_g x1"} <= {word.strip() for word in out.split("│")}
+    assert [run.info.status for run in runs_of(server, "outage")] == ["FINISHED"] * 3
+    assert {f"{arm} x1" for arm in arms} <= {word.strip() for word in out.split("│")}
+
+
+def test_a_run_that_was_begun_and_killed_in_an_outage_goes_on(server):
+    log = Path("a run.log").absolute()
+    tags = json.dumps({"config_hash": "abcd"})
+    logger = {"tracking_uri": server.uri, "study": "spooled", "tags": tags, "on_outage": "spool"}
+    given = [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
+    arguments = (*TINY, "--trainer.accelerator=cpu", *given)
+    server.kill()
+    begun = Run(["fit", *arguments], Path().absolute(), 1, AtCall(1, SIGKILL, inside="on_train_batch_end"))
+    assert begun.wait() == [-SIGKILL], begun.output
+    (local,) = (path.name for path in Path("mlruns", "spool").iterdir())
+    server.start()
+    assert sync(server.uri) == 1
+    (before,) = runs_of(server, "spooled")
+    Job("a run", arguments, server.uri, "spooled", "abcd", log)()
+    (run,) = runs_of(server, "spooled")
+    assert (run.info.run_id, run.info.status) == (before.info.run_id, "FINISHED")
+    assert run.data.tags["local_id"] == local
+    assert server.points(run) == dict.fromkeys(range(4), 1)
 
 
 def test_a_run_of_another_working_directory_is_left_alone(server):

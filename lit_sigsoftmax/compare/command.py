@@ -21,7 +21,7 @@ from lit_sigsoftmax.compare.results import study_runs
 from lit_sigsoftmax.compare.run import check, train
 from lit_sigsoftmax.compare.study import Study
 from lit_sigsoftmax.compare.tuning import choose
-from lit_sigsoftmax.connect import connect
+from lit_sigsoftmax.connect import connect, connect_again
 from lit_sigsoftmax.signals import Stopped, stoppable
 from lit_sigsoftmax.spool import sync
 from lit_sigsoftmax.store import TrackingError, impatient, reason, sqlite_path, store_root, without_password
@@ -138,7 +138,11 @@ def _train_all(client: MlflowClient, options: Options, executor: Any, jobs: Sequ
 
 
 def _send_left(options: Options) -> None:
-    """Send what outages have left of the study's runs; without it they are not finished for the store."""
+    """Send what outages have left of the study's runs; without it they are not finished for the store.
+
+    The store was there when the study began: while it is away, this waits.
+    """
+    connect_again(options.tracking_uri)
     try:
         sync(options.tracking_uri, options.study)
     except TrackingError as error:
@@ -157,8 +161,8 @@ def _outcome(client: MlflowClient, job: Job, code: int) -> str:
     try:
         with impatient():
             ended = [run.info for run in find(client, job) if run.info.status == "FINISHED"]
-    except MlflowException:
-        ended = []
+    except MlflowException as error:
+        return f"{job.name}: done, but not in the store yet ({reason(error)}); a run that would begin now waits for it"
     if not ended:
         return f"{job.name}: done, but not in the store yet"
     return f"{job.name}: done after {(ended[0].end_time - ended[0].start_time) / 1000:.0f} s"

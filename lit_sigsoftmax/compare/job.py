@@ -13,9 +13,10 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback
 
 from lit_sigsoftmax.checkpoints import CheckpointError, readable_last
+from lit_sigsoftmax.connect import connect_again
 from lit_sigsoftmax.resume import run_folder
 from lit_sigsoftmax.spool import spool_folder
-from lit_sigsoftmax.store import TrackingError, impatient, open_client, sqlite_path
+from lit_sigsoftmax.store import TrackingError, impatient, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,7 +55,8 @@ class Job:
         """Train in this process, from the last checkpoint where an earlier attempt left one.
 
         The lock is the system's: it goes with the process, however that ends. So an unfinished run without its lock is
-        known to be dead, and two commands of one study never train the same run twice.
+        known to be dead, and two commands of one study never train the same run twice. What is finished and what can be
+        continued is known by the store alone: while that is away, this waits.
 
         Raises:
             TrackingError: The run is being trained elsewhere, as far as the store knows.
@@ -62,7 +64,7 @@ class Job:
         from lit_sigsoftmax import training
 
         with self.lock:
-            client = open_client(self.tracking_uri)
+            client = connect_again(self.tracking_uri)
             runs = find(client, self)
             if any(run.info.status == "FINISHED" for run in runs):
                 return  # another command has trained it while this one waited
@@ -106,9 +108,15 @@ def close(client: MlflowClient, job: Job, status: str) -> bool:
 def _is_ours(job: Job, run: Any) -> bool:
     # The lock is a file of this working directory: of a run that has left nothing here it says nothing. What belongs to
     # a SQLite store lies beside it, wherever one works.
-    names = [run.info.run_id, run.data.tags.get("local_id", run.info.run_id)]
     folders = (run_folder(job.tracking_uri, ""), spool_folder(job.tracking_uri))
-    return sqlite_path(job.tracking_uri) is not None or any((f / name).exists() for f in folders for name in names)
+    return sqlite_path(job.tracking_uri) is not None or any(
+        (f / name).exists() for f in folders for name in _names(run)
+    )
+
+
+def _names(run: Any) -> list[str]:
+    # As its folders may be called: by its local id, where it was begun while the store was away.
+    return [*filter(None, [run.data.tags.get("local_id")]), run.info.run_id]
 
 
 def _continue(client: MlflowClient, job: Job, runs: Sequence[Any]) -> list[str]:
@@ -123,8 +131,9 @@ def _continue(client: MlflowClient, job: Job, runs: Sequence[Any]) -> list[str]:
             )
     arguments: list[str] = []
     for run in ours:
-        if not arguments and _can_go_on(job, run.info.run_id):
-            arguments = ["--ckpt_path=last", f"{_LOGGER}run_id={run.info.run_id}"]
+        name = next((name for name in _names(run) if not arguments and _can_go_on(job, name)), None)
+        if name:
+            arguments = ["--ckpt_path=last", f"{_LOGGER}run_id={name}"]
         else:
             client.delete_run(run.info.run_id)
     return arguments

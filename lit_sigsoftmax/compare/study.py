@@ -49,6 +49,7 @@ class Study:
         tags = {"arm": run.arm, "baseline": options.baseline, "axes": " ".join(options.axes), "config_hash": known_as}
         logger = {
             "tracking_uri": options.tracking_uri,
+            "on_outage": "spool",  # in the moment between the job's question to the store and the run's beginning
             "study": options.study,
             "run_name": run.name,
             "tags": json.dumps(tags | ({"role": "tuning"} if tuning else {})),
