@@ -21,6 +21,7 @@ from lit_sigsoftmax.journal import Journal, JournalInUseError
 from lit_sigsoftmax.store import (
     TrackingError,
     create_run,
+    find_run,
     impatient,
     open_client,
     reason,
@@ -110,7 +111,7 @@ class Spool:
                 info = create_run(self._client, self.tracking_uri, self.journal.header)
                 self.journal.update(run_id=info.run_id)
             if self._latest is None and self.journal.header.get("continued"):
-                self._latest = self._latest_points()
+                self._latest = self._go_on()
             while not self.journal.empty:
                 records, end = self.journal.read()
                 for kind, group in groupby(records, key=lambda record: next(iter(record), "")):
@@ -217,9 +218,12 @@ class Spool:
 
     # A run that is continued logs some steps again
 
-    def _latest_points(self) -> dict[str, tuple[int, float]]:
-        data = self.client.get_run(self.run_id).data
-        return {point.key: (point.step, point.value) for point in data._metric_objs}
+    def _go_on(self) -> dict[str, tuple[int, float]]:
+        """Return the latest point of each metric, and find the run where it was continued by its local id."""
+        if (run := find_run(self.client, self.run_id)) is None:
+            raise TrackingError(f"it has no run {self.run_id}")
+        self.journal.update(run_id=run.info.run_id)
+        return {point.key: (point.step, point.value) for point in run.data._metric_objs}
 
     @property
     def client(self) -> MlflowClient:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cli_helpers import SMALL
@@ -20,6 +21,7 @@ from lit_sigsoftmax.store import TrackingError
 from lit_sigsoftmax.tracking import MLflowTracker
 
 POSTGRES = "LIT_SIGSOFTMAX_POSTGRES"
+N_CUT = 6000
 STEPS = 150  # of FIT: 3,000 tokens in 5 streams
 FIT = ("fit", *SMALL, "--data.bptt=4", "--data.batch_size=5")
 
@@ -147,6 +149,52 @@ def test_a_server_that_is_not_there_at_the_start(server, tmp_path, monkeypatch, 
     assert run.info.start_time <= min(
         p.timestamp for p in server.client.get_metric_history(run.info.run_id, "train/loss")
     )
+
+
+def points_of(server, name):
+    """How many points of the metric "a" are known of an experiment's run, 0 where there is none yet."""
+    experiment = server.client.get_experiment_by_name(name)
+    runs = server.client.search_runs([experiment.experiment_id]) if experiment else []
+    return int(runs[0].data.metrics.get("a", -1)) + 1 if runs else 0
+
+
+@pytest.mark.slow
+def test_a_run_without_a_store_is_one_run_there_however_often_it_is_cut_off(server, tmp_path, monkeypatch):
+    """At its start, twice in the middle of being sent, and again when it is continued."""
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.1)
+    without_store = {"experiment_name": "cut", "system_metrics": False, "on_outage": "spool"}
+    server.kill()
+    first = MLflowTracker(**without_store)
+    for step in range(N_CUT):
+        first.log_metrics({"a": float(step), "b": step / 3}, step)
+        if step % 1000 == 0:
+            first.log_text(f"{step}", f"notes/{step}.txt")
+    first.finalize("failed")
+    (local,) = spools(tmp_path)
+    for known in (1, N_CUT // 2):
+        server.start()
+        with ThreadPoolExecutor() as pool:
+            sending = pool.submit(sync, server.uri)
+            while points_of(server, "cut") < known:
+                assert not sending.done()
+            server.kill()
+            with pytest.raises(TrackingError, match=local):
+                sending.result()
+    server.start()
+    assert points_of(server, "cut") < N_CUT
+    assert sync(server.uri) == 1
+    server.kill()
+    again = MLflowTracker(run_id=local, **without_store)
+    for step in range(N_CUT - 10, N_CUT + 10):
+        again.log_metrics({"a": float(step), "b": step / 3}, step)
+    again.finalize()
+    server.start()
+    assert sync(server.uri) == 1
+    assert spools(tmp_path) == []
+    run = server.run("cut")
+    assert (run.info.status, run.data.tags["local_id"]) == ("FINISHED", local)
+    assert server.points(run, "a") == server.points(run, "b") == dict.fromkeys(range(N_CUT + 10), 1)
+    assert len(server.client.list_artifacts(run.info.run_id, "notes")) == N_CUT // 1000
 
 
 @pytest.mark.slow
