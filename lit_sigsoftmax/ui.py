@@ -47,7 +47,8 @@ def serve(args: Sequence[str]) -> None:
     with socket.socket() as probe:
         if probe.connect_ex((options.host, options.port)) == 0:
             parser.error(f"port {options.port} is in use: choose another with --port")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server ends with this process
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))  # so that the server ends with this process
     server = _start(options.tracking_uri, options.host, options.port)
     try:
         _wait(server, options.host, options.port)
@@ -71,8 +72,10 @@ def _newest_experiment(tracking_uri: str) -> str | None:
 def _start(tracking_uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
     command += ["--host", host, "--port", str(port), "--workers", "1"]
-    # MLflow's job runner would add eight processes that this UI has no use for.
-    return subprocess.Popen(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    # MLflow's job runner would add eight processes that this UI has no use for. Ctrl-C is for this process alone, which
+    # ends the server: it would print where it was.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

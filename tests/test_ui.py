@@ -122,7 +122,7 @@ def test_the_page_is_served_to_this_machine_until_interrupted_or_terminated(stor
     with UI(store, tmp_path / "interrupted.log") as interrupted, UI(store, tmp_path / "terminated.log") as terminated:
         check_page(interrupted, interrupted.wait(), store, run)
         terminated.wait()
-        interrupted.process.send_signal(signal.SIGINT)
+        os.killpg(interrupted.process.pid, signal.SIGINT)  # as a terminal does
         terminated.process.terminate()
         assert interrupted.process.wait(60) == 0
         assert "Traceback" not in interrupted.log.read_text()
