@@ -64,8 +64,9 @@ def read_options(args: Sequence[str]) -> Options:
     """
     parser = _parser()
     words, recipe = parser.parse_known_args(args)
-    if words.workers < 1 or min(words.n_experts) < 1:
-        parser.error(f"--workers and --n_experts are at least 1, not {min(words.workers, *words.n_experts)}")
+    for option, least in (("--workers", words.workers), ("--n_experts", min(words.n_experts))):
+        if least < 1:
+            parser.error(f"{option} is at least 1, not {least}")
     study = words.study or datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     # Runs get the name as a YAML value and are found by it in a quoted query: it must be a plain word to both.
     if not re.fullmatch(r"(?!null$|true$|false$)\w(?!.*: )[\w .:+-]*", study, re.IGNORECASE):
@@ -85,7 +86,7 @@ def read_options(args: Sequence[str]) -> Options:
     return Options(
         study=study,
         runs=tuple(runs),
-        axes=("model.activation", "model.n_experts", *vary, *tune),
+        axes=("model.activation", "model.n_experts", *vary),
         tune=tune,
         baseline=baseline,
         recipe=tuple(resolve_recipes(recipe)),

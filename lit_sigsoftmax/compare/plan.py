@@ -107,7 +107,7 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
     """Read seeds such as ``0 1 2`` or ``0..4``, each once.
 
     Raises:
-        ValueError: A word is neither.
+        ValueError: A word is neither, or a range is empty.
 
     Example:
         >>> parse_seeds(["0..2", "7"])
@@ -119,9 +119,9 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
         try:
             found = range(int(first), int(last) + 1) if dots else [int(first)]
         except ValueError:
-            found = []
+            raise ValueError(f"a seed is a number, or a range such as 0..4, not {word!r}") from None
         if not found:
-            raise ValueError(f"a seed is a number, or a range such as 0..4, not {word!r}")
+            raise ValueError(f"the range of seeds {word} ends before it begins")
         seeds += found
     return list(dict.fromkeys(seeds))
 
