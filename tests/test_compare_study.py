@@ -54,7 +54,19 @@ def test_each_arm_chooses_among_the_same_values_by_validation(store, capsys):
         assert run.data.params["optimizer.lr"] != other.data.params["optimizer.lr"]
         if run.data.tags["seed"] == "0":
             assert run.data.metrics["val/best_perplexity"] < other.data.metrics["val/best_perplexity"]
-    assert "sigsoftmax x1 hidden_size=8: optimizer.lr=0.05 chosen by validation" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sigsoftmax x1 hidden_size=8: optimizer.lr=0.05 chosen by validation" in out
+    assert "sigsoftmax x1 hidden_size=8 chose optimizer.lr=0.05 by validation perplexity" in " ".join(out.split())
+    main([*command, "--dry_run"])
+    assert capsys.readouterr().out.endswith("6 runs, 0 of them to train\n")
+    wider = [*command, "1e-8"]  # of every arm one run more, and the choice as before
+    main([*wider, "--dry_run"])
+    assert "8 runs, 4 of them to train" in capsys.readouterr().out
+    main(wider)
+    runs = store.runs("tags.kind = 'fit'")
+    assert len(runs) == 8
+    assert {run.data.tags["tune"] for run in runs} == {'{"optimizer.lr": ["1e-7", "0.05", "1e-8"]}'}
+    assert sum("role" not in run.data.tags for run in runs) == 4
 
 
 def test_a_dry_run_shows_the_plan_and_makes_no_store(store, capsys):

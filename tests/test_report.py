@@ -71,7 +71,7 @@ def test_what_is_printed(again, capsys):
     words = " ".join(out.split())
     assert f"sigsoftmax x1: {study.comparisons['sigsoftmax x1'].sentence}." in words
     assert "relu x1 seed 0 (diverged), relu x1 seed 1 (failed), relu x1 seed 2 (running)" in words
-    assert "1 more runs chose the arms' settings" in words
+    assert "Runs with values that were not chosen, in no mean: 1." in words
     assert re.search(r"^Report: .*mlruns/reports/demo/report\.html$", out.replace("\n/", "/"), re.M)
     assert re.search(r"^Compare: http://127\.0\.0\.1:5000/#/experiments/\d+/runs\?\S+head-to-head-demo$", out, re.M)
 
@@ -215,6 +215,51 @@ def test_unfair_runs_are_named_and_refused_unless_asked_for(store, capsys, tmp_p
     assert "trainer.max_epochs differs" in (tmp_path / "report.html").read_text()
 
 
+def test_a_run_of_another_configuration_is_not_just_replaced_by_a_newer_one(store, capsys):
+    for study, epochs in (("short", 1), ("long", 12)):
+        for layer in ("softmax x1", "sigsoftmax x1"):
+            write_run(store, layer, 0, 100.0, study=study, params={"trainer": {"max_epochs": epochs}})
+    assert "trainer.max_epochs differs" in error_of(capsys, "--study", "short", "long")
+    run_report(capsys, "--study", "short")
+
+
+def tune(*values):
+    return json.dumps({"optimizer.init_args.lr": list(values)})
+
+
+def lr(value):
+    return {"optimizer": {"lr": value}}
+
+
+def test_a_tuned_arm_is_compared_with_one_that_had_the_same_grid_alone(store, capsys):
+    write_run(store, "softmax x1", 0, 100.0, study="plain", params=lr(0.1))
+    write_run(store, "softmax x1", 0, 100.0, study="coarse", params=lr(0.1), tune=tune("0.1"))
+    for study in ("softmax too", "sigsoftmax"):
+        layer = "softmax x1" if study == "softmax too" else "sigsoftmax x1"
+        write_run(store, layer, 0, 90.0, study=study, params=lr(0.2), tune=tune("0.1", "0.2"))
+    for other in ("plain", "coarse"):
+        assert re.search(
+            r"optimizer\.lr differs: .*0\.1 in softmax x1 seed 0", error_of(capsys, "--study", other, "sigsoftmax")
+        )
+    run_report(capsys, "--study", "softmax too", "sigsoftmax")
+
+
+def test_what_each_arm_chose_is_said_and_where_it_ends_the_grid(store, capsys, tmp_path):
+    for layer, chosen in (("softmax x1", 0.1), ("sigsoftmax x1", 0.3)):
+        for value in (0.1, 0.2, 0.3):
+            given = {"params": lr(value), "metrics": {"val/best_perplexity": 90 + 100 * abs(value - chosen)}}
+            given |= {"tune": tune("0.1", "0.2", "0.3")} | ({} if value == chosen else {"role": "tuning"})
+            write_run(store, layer, 0, 100.0, **given)
+        write_run(store, layer, 1, 101.0, params=lr(chosen), tune=tune("0.1", "0.2", "0.3"))
+    words = " ".join(run_report(capsys, "--study", "demo", "--out", str(tmp_path)).split())
+    said = "softmax x1 chose optimizer.lr=0.1 by validation perplexity, 90.00 (0.2: 100.00, 0.3: 110.00)."
+    assert f"{said} That is the smallest optimizer.lr tried: a wider grid may find a better one." in words
+    assert "sigsoftmax x1 chose optimizer.lr=0.3" in words
+    assert "That is the largest optimizer.lr tried" in words
+    assert "Runs with values that were not chosen, in no mean: 4." in words
+    assert "chose optimizer.lr=0.1" in (tmp_path / "report.html").read_text()
+
+
 def test_one_seed_says_what_the_test_set_says_and_no_more(store, capsys):
     write_run(store, "softmax x1", 0, 100.0, nll=BASE)
     write_run(store, "sigsoftmax x1", 0, 97.0, nll=BETTER)
@@ -231,8 +276,8 @@ def test_several_seeds_say_how_many_of_them_the_test_set_shows_a_difference_with
         write_run(store, "sigsoftmax x1", seed, 97.0 + 2 * seed, nll=BASE + shift + (noise if seed == 3 else 0.0))
     words = " ".join(run_report(capsys, "--study", "demo", "--out", str(tmp_path)).split())
     sentence = (
-        "sigsoftmax x1, on this test set, seed by seed: -0.3000 to +0.2000 nats per token against softmax x1; the 95 % "
-        "interval (bootstrap over blocks of text) is below zero in 2 of 4 seeds, above it in 1."
+        "sigsoftmax x1, on this test set, seed by seed: -0.3000 to +0.2000 nats per token against softmax x1; by the 95 % "
+        "interval (bootstrap over blocks of text) better in 2 of 4 seeds, worse in 1."
     )
     assert words.count("on this test set") == words.count(sentence) == 1
     assert sentence in (tmp_path / "report.html").read_text()

@@ -87,7 +87,7 @@ def _compare(options: Options) -> None:
         failed = _train_all(client, options, executor, study.jobs(first, tuning=True))
         runs = choose(client, study, first)
     failed += _train_all(client, options, executor, study.jobs(runs))
-    study.mark_baseline(client)
+    study.mark(client)
     # Whatever is unfair has been asked for by now, or is better shown than lost after hours of training.
     conclude(client, options.tracking_uri, [options.study], allow_unfair=True)
     if failed:

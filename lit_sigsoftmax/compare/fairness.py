@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["config_hash", "same_key", "unfair_differences"]
+__all__ = ["below", "config_hash", "same_key", "tuned_keys", "unfair_differences"]
 
 # Keys that say where a run is kept, how it is shown or what follows from other keys.
 _IMMATERIAL = (
@@ -44,7 +44,7 @@ def unfair_differences(
         Key to value to the runs that have it, for each key with more than one value. A key that a run lacks is None.
     """
     ignored = [*_IMMATERIAL, *_CORPUS, _SEED, *map(same_key, axes)]
-    keys = dict.fromkeys(key for params in runs.values() for key in params if not _below(key, ignored))
+    keys = dict.fromkeys(key for params in runs.values() for key in params if not below(key, ignored))
     found: dict[str, dict[str, list[str]]] = {}
     for key in keys:
         values: dict[str, list[str]] = {}
@@ -55,13 +55,23 @@ def unfair_differences(
     return found
 
 
+def tuned_keys(tags: Iterable[Mapping[str, str]]) -> set[str]:
+    """Return the keys in which runs may differ because each arm chose its value: all of them from the same grid.
+
+    Args:
+        tags: The tags of each run; ``tune`` is the grid of a run whose arm chose.
+    """
+    grids = {of_run.get("tune", "{}") for of_run in tags}
+    return set(json.loads(grids.pop())) if len(grids) == 1 else set()
+
+
 def config_hash(params: Mapping[str, str]) -> str:
     """Return 16 hexadecimal digits that differ where two runs can give different results.
 
     Args:
         params: The flattened configuration with ``corpus.fingerprint``.
     """
-    material = {key: value for key, value in params.items() if not _below(key, _IMMATERIAL)}
+    material = {key: value for key, value in params.items() if not below(key, _IMMATERIAL)}
     return hashlib.blake2b(json.dumps(material, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -75,5 +85,6 @@ def same_key(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in ("init_args", "class_path"))
 
 
-def _below(key: str, parents: Iterable[str]) -> bool:
+def below(key: str, parents: Iterable[str]) -> bool:
+    """Whether a key is one of some keys or lies below one."""
     return any(key == parent or key.startswith(f"{parent}.") for parent in parents)

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_sigsoftmax.compare.choices import choices
 from lit_sigsoftmax.compare.evidence import Evidence, bootstraps, draw, read_evidence
-from lit_sigsoftmax.compare.fairness import unfair_differences
+from lit_sigsoftmax.compare.fairness import tuned_keys, unfair_differences
 from lit_sigsoftmax.compare.figures import colours
 from lit_sigsoftmax.compare.page import TokenSection, page
 from lit_sigsoftmax.compare.results import Results, read_study
@@ -136,9 +137,12 @@ def conclude(
 
 
 def _unfair(study: Results) -> list[str]:
-    runs = {f"{run.name} ({run.id[:6]})": run for arm in study.finished for run in arm.runs}
-    axes = {key for run in runs.values() for key in run.tags.get("axes", "").split()}
-    axes |= {"model.activation", "model.n_experts"}
+    # A run that a newer one of its arm and seed has replaced is to be of the same configuration.
+    replaced = (run for arm in study.finished for run in arm.others if run.state == "repeated")
+    compared = [*(run for arm in study.finished for run in arm.runs), *replaced]
+    runs = {f"{run.name} ({run.id[:6]})": run for run in compared}
+    axes = {"model.activation", "model.n_experts", *tuned_keys(run.tags for run in compared)}
+    axes |= {key for run in compared for key in run.tags.get("axes", "").split()}
     found = unfair_differences({name: run.params for name, run in runs.items()}, axes)
     return [
         f"{key} differs: "
@@ -174,7 +178,8 @@ def _sentences(study: Results, evidence: Evidence) -> list[str]:
     if lost := [f"{run.name} ({run.state})" for arm in study.arms for run in arm.others]:
         said.append(f"Not counted: {', '.join(lost)}.")
     if tuned := [run for run in study.runs if run.state.startswith("tuning")]:
-        said.append(f"{len(tuned)} more runs chose the arms' settings by validation and count in no mean.")
+        said += choices(study)
+        said.append(f"Runs with values that were not chosen, in no mean: {len(tuned)}.")
     return said
 
 
@@ -191,8 +196,8 @@ def _on_this_test_set(found: Mapping[int, Bootstrap], base: str) -> str:
     above = sum(one.interval[0] > 0 for one in found.values())
     return (
         f"on this test set, seed by seed: {min(differences):+.4f} to {max(differences):+.4f} nats per token against "
-        f"{base}; the 95 % interval (bootstrap over blocks of text) is below zero in {below} of {len(found)} seeds, "
-        f"above it in {above}."
+        f"{base}; by the 95 % interval (bootstrap over blocks of text) better in {below} of {len(found)} seeds, worse "
+        f"in {above}."
     )
 
 

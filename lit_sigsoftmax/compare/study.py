@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from lit_sigsoftmax.compare.fairness import config_hash, unfair_differences
+from lit_sigsoftmax.compare.fairness import below, config_hash, same_key, tuned_keys, unfair_differences
 from lit_sigsoftmax.compare.job import Job, find
 from lit_sigsoftmax.compare.options import Options
 from lit_sigsoftmax.compare.plan import PlannedRun, tuning_runs
 from lit_sigsoftmax.compare.results import study_runs
+from lit_sigsoftmax.compare.tuning import best
 from lit_sigsoftmax.store import store_root
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Study:
         options = self.options
         known_as = config_hash(self.params(run))
         tags = {"arm": run.arm, "baseline": options.baseline, "axes": " ".join(options.axes), "config_hash": known_as}
+        tags |= self._grid
         logger = {
             "tracking_uri": options.tracking_uri,
             "on_outage": "spool",  # in the moment between the job's question to the store and the run's beginning
@@ -63,6 +66,11 @@ class Study:
         """Return the flattened configuration of a run."""
         return {**self._params[run.arm, run.tuned], "seed_everything": str(run.seed)}
 
+    def has_values_of(self, run: PlannedRun, params: Mapping[str, str]) -> bool:
+        """Whether a stored configuration has the values that are tuned of a planned run."""
+        planned, keys = self.params(run), [same_key(key) for key in self.options.tune]
+        return all(params.get(key) == value for key, value in planned.items() if below(key, keys))
+
     def unfair(self, stored: Sequence[Any]) -> str:
         """Return in which keys the runs differ though they are not compared, in words; nothing where they do not.
 
@@ -73,28 +81,47 @@ class Study:
         runs |= {
             run.name: self._params[run.arm, run.tuned] for run in tuning_runs(self.options.runs, self.options.tune)
         }
-        found = unfair_differences(runs, self.options.axes)
+        tuned = tuned_keys([self._grid, *({**run.data.tags, **self._changes(run)} for run in stored)])
+        found = unfair_differences(runs, [*self.options.axes, *tuned])
         return "; ".join(f"{key} differs: {_values(values)}" for key, values in found.items())
 
     def describe(self, client: MlflowClient | None) -> str:
         """Return the plan in words: each run and its state, their number, and how long they will take."""
         options = self.options
-        later = [run for run in options.runs if run.seed != options.runs[0].seed] if options.tune else []
-        planned = tuning_runs(options.runs, options.tune) if options.tune else options.runs
-        states = {run: _state(client, self.job(run)) for run in planned}
+        first = tuning_runs(options.runs, options.tune)
+        states = {run: _state(client, self.job(run)) for run in (first if options.tune else options.runs)}
+        later: list[PlannedRun] = []
+        if options.tune:
+            chosen = best(client, self, first) if client and set(states.values()) == {"finished"} else {}
+            others = [run for run in options.runs if run.seed != first[0].seed]
+            later = [run for run in others if run.arm not in chosen]
+            known = [replace(run, tuned=chosen[run.arm].tuned) for run in others if run.arm in chosen]
+            states |= {run: _state(client, self.job(run)) for run in known}
         lines = [f"{run.name}: {state}" for run, state in states.items()]
         if later:
             lines.append(f"{len(later)} more, with the values that each arm chooses: its other seeds")
         left = [*(run for run, state in states.items() if state != "finished"), *later]
-        lines.append(f"{len(planned) + len(later)} runs, {len(left)} of them to train")
-        runs = study_runs(client, options.study) if client else []
-        return "\n".join([*lines, f"time, {len(options.workers)} at once: {_time(left, runs, len(options.workers))}"])
+        lines.append(f"{len(states) + len(later)} runs, {len(left)} of them to train")
+        if left:
+            runs = study_runs(client, options.study) if client else []
+            lines.append(f"time, {len(options.workers)} at once: {_time(left, runs, len(options.workers))}")
+        return "\n".join(lines)
 
-    def mark_baseline(self, client: MlflowClient) -> None:
-        """Let every run of the study say which arm the others are compared with."""
+    def mark(self, client: MlflowClient) -> None:
+        """Let the study's runs say which arm the others are compared with, and what grid theirs has chosen from."""
         for run in study_runs(client, self.options.study):
-            if run.data.tags.get("baseline") != self.options.baseline:
-                client.set_tag(run.info.run_id, "baseline", self.options.baseline)
+            for key, value in {"baseline": self.options.baseline, **self._changes(run)}.items():
+                if run.data.tags.get(key) != value:
+                    client.set_tag(run.info.run_id, key, value)
+
+    @property
+    def _grid(self) -> dict[str, str]:
+        return {"tune": json.dumps(self.options.tune)} if self.options.tune else {}
+
+    def _changes(self, run: Any) -> dict[str, str]:
+        """The grid for a stored run of an arm that this command tunes, perhaps over more values than before."""
+        ours = any(run.data.tags.get("arm") == planned.arm for planned in self.options.runs)
+        return self._grid if ours and "tune" in run.data.tags else {}
 
 
 def _state(client: MlflowClient | None, job: Job) -> str:
