@@ -276,8 +276,8 @@ def test_several_seeds_say_how_many_of_them_the_test_set_shows_a_difference_with
         write_run(store, "sigsoftmax x1", seed, 97.0 + 2 * seed, nll=BASE + shift + (noise if seed == 3 else 0.0))
     words = " ".join(run_report(capsys, "--study", "demo", "--out", str(tmp_path)).split())
     sentence = (
-        "sigsoftmax x1, on this test set, seed by seed: -0.3000 to +0.2000 nats per token against softmax x1; by the 95 % "
-        "interval (bootstrap over blocks of text) better in 2 of 4 seeds, worse in 1."
+        "sigsoftmax x1, on this test set, seed by seed: -0.3000 to +0.2000 nats per token against softmax x1; by the "
+        "95 % interval (bootstrap over blocks of text) better in 2 of 4 seeds, worse in 1."
     )
     assert words.count("on this test set") == words.count(sentence) == 1
     assert sentence in (tmp_path / "report.html").read_text()

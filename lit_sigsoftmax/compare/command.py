@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lit_sigsoftmax.compare.cluster import make_executor, train_on_cluster
 from lit_sigsoftmax.compare.job import Job, close, find
 from lit_sigsoftmax.compare.options import Options, read_options
+from lit_sigsoftmax.compare.outlook import describe
 from lit_sigsoftmax.compare.plan import tuning_runs
 from lit_sigsoftmax.compare.report import conclude
 from lit_sigsoftmax.compare.results import study_runs
@@ -72,13 +73,13 @@ def _compare(options: Options) -> None:
     study = Study(options, check([[*recipe, *run.arguments] for run in first]))
     path = sqlite_path(options.tracking_uri)
     if options.dry_run and path and not path.exists():  # a dry run makes no store
-        print(study.describe(None))
+        print(describe(study, None))
         return
     client = connect(options.tracking_uri)
     if not options.allow_unfair and (unfair := study.unfair(study_runs(client, options.study))):
         options.fail(f"{unfair}; name the keys that are compared with --vary, or pass --allow_unfair")
     if options.dry_run:
-        print(study.describe(client))
+        print(describe(study, client))
         return
     executor = _executor(options)
     study.logs.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,18 @@
-"""A study: its jobs, what is unfair in it, and how far it is."""
+"""A study: its jobs, what is unfair in it, and what its runs say of it."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from lit_sigsoftmax.compare.fairness import below, config_hash, same_key, tuned_keys, unfair_differences
-from lit_sigsoftmax.compare.job import Job, find
+from lit_sigsoftmax.compare.job import Job
 from lit_sigsoftmax.compare.options import Options
 from lit_sigsoftmax.compare.plan import PlannedRun, tuning_runs
 from lit_sigsoftmax.compare.results import study_runs
-from lit_sigsoftmax.compare.tuning import best
 from lit_sigsoftmax.store import store_root
 
 if TYPE_CHECKING:
@@ -85,28 +82,6 @@ class Study:
         found = unfair_differences(runs, [*self.options.axes, *tuned])
         return "; ".join(f"{key} differs: {_values(values)}" for key, values in found.items())
 
-    def describe(self, client: MlflowClient | None) -> str:
-        """Return the plan in words: each run and its state, their number, and how long they will take."""
-        options = self.options
-        first = tuning_runs(options.runs, options.tune)
-        states = {run: _state(client, self.job(run)) for run in (first if options.tune else options.runs)}
-        later: list[PlannedRun] = []
-        if options.tune:
-            chosen = best(client, self, first) if client and set(states.values()) == {"finished"} else {}
-            others = [run for run in options.runs if run.seed != first[0].seed]
-            later = [run for run in others if run.arm not in chosen]
-            known = [replace(run, tuned=chosen[run.arm].tuned) for run in others if run.arm in chosen]
-            states |= {run: _state(client, self.job(run)) for run in known}
-        lines = [f"{run.name}: {state}" for run, state in states.items()]
-        if later:
-            lines.append(f"{len(later)} more, with the values that each arm chooses: its other seeds")
-        left = [*(run for run, state in states.items() if state != "finished"), *later]
-        lines.append(f"{len(states) + len(later)} runs, {len(left)} of them to train")
-        if left:
-            runs = study_runs(client, options.study) if client else []
-            lines.append(f"time, {len(options.workers)} at once: {_time(left, runs, len(options.workers))}")
-        return "\n".join(lines)
-
     def mark(self, client: MlflowClient) -> None:
         """Let the study's runs say which arm the others are compared with, and what grid theirs has chosen from."""
         for run in study_runs(client, self.options.study):
@@ -122,28 +97,6 @@ class Study:
         """The grid for a stored run of an arm that this command tunes, perhaps over more values than before."""
         ours = any(run.data.tags.get("arm") == planned.arm for planned in self.options.runs)
         return self._grid if ours and "tune" in run.data.tags else {}
-
-
-def _state(client: MlflowClient | None, job: Job) -> str:
-    runs = find(client, job) if client else []
-    if any(run.info.status == "FINISHED" for run in runs):
-        return "finished"
-    return f"to be continued or started again ({runs[0].info.status})" if runs else "to be trained"
-
-
-def _time(left: Sequence[PlannedRun], stored: Sequence[Any], workers: int) -> str:
-    """Return how long runs take in words, each as long as the finished ones of its arm."""
-    found: dict[str, list[float]] = {}
-    for run in stored:
-        if run.info.status == "FINISHED":
-            found.setdefault(run.data.tags.get("arm", ""), []).append((run.info.end_time - run.info.start_time) / 1000)
-    if not found:
-        return "no estimate yet"
-    seconds = {arm: mean(of_arm) for arm, of_arm in found.items()}
-    others = mean(seconds.values())
-    minutes = sum(seconds.get(run.arm, others) for run in left) / workers / 60
-    unknown = ", ".join(dict.fromkeys(run.arm for run in left if run.arm not in seconds))
-    return f"about {minutes:.1f} minutes" + (f" (the mean of the others for {unknown})" if unknown else "")
 
 
 def _values(values: dict[str, list[str]]) -> str:
