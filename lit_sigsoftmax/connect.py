@@ -44,12 +44,17 @@ def connect_again(tracking_uri: str) -> MlflowClient:
 
     Args:
         tracking_uri: The store.
+
+    Raises:
+        TrackingError: It cannot be used, as where it may not be read.
     """
     told = False
     while True:
         try:
             return connect(tracking_uri)
         except TrackingError as error:
+            if error.__cause__ is None:  # it is there, and cannot be used: waiting mends nothing
+                raise
             if not told:
                 print(f"waiting: {error}", file=sys.stderr, flush=True)
             told = True

@@ -222,7 +222,7 @@ class Spool:
         """Return the latest point of each metric, and find the run where it was continued by its local id."""
         if (run := find_run(self.client, self.run_id)) is None:
             raise TrackingError(f"it has no run {self.run_id}")
-        self.journal.update(run_id=run.info.run_id)
+        self.journal.update(run_id=run.info.run_id, local_id=run.data.tags.get("local_id"))
         return {point.key: (point.step, point.value) for point in run.data._metric_objs}
 
     @property

@@ -48,7 +48,8 @@ def serve(args: Sequence[str]) -> None:
         if probe.connect_ex((options.host, options.port)) == 0:
             parser.error(f"port {options.port} is in use: choose another with --port")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(0))  # so that the server ends with this process
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: sys.exit(0))  # so that the server ends with this process
     server = _start(options.tracking_uri, options.host, options.port)
     try:
         _wait(server, options.host, options.port)

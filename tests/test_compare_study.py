@@ -65,8 +65,19 @@ def test_each_arm_chooses_among_the_same_values_by_validation(store, capsys):
     main(wider)
     runs = store.runs("tags.kind = 'fit'")
     assert len(runs) == 8
-    assert {run.data.tags["tune"] for run in runs} == {'{"optimizer.lr": ["1e-7", "0.05", "1e-8"]}'}
+    assert {run.data.tags["tune"] for run in runs} == {'{"optimizer.lr": ["0.05", "1e-7", "1e-8"]}'}
     assert sum("role" not in run.data.tags for run in runs) == 4
+
+
+def test_to_do_without_a_key_can_be_chosen(store, capsys):
+    """A value of null leaves no parameter behind."""
+    command = ["compare", *TINY, "--activations", "softmax", "--seeds", "0", "--study", "tuned"]
+    main([*command, "--tune", "trainer.gradient_clip_val", "null", "1e-9"])
+    won, lost = sorted(store.runs("tags.kind = 'fit'"), key=lambda run: run.data.metrics["val/best_perplexity"])
+    assert "trainer.gradient_clip_val" not in won.data.params
+    assert "role" not in won.data.tags
+    assert lost.data.tags["role"] == "tuning"
+    assert f"{won.data.metrics['test/perplexity']:.2f}" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_the_plan_and_makes_no_store(store, capsys):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 import warnings
 
 import pytest
@@ -83,6 +84,20 @@ def check(inputs, target, weights=None, **kwargs):
     torch.testing.assert_close(loss.double(), expected, **tolerance)
     for gradient, reference in zip(gradients, exact, strict=True):
         torch.testing.assert_close(gradient.double(), reference, **tolerance)
+
+
+@pytest.mark.parametrize("setting", ["torch.backends", "torch.backends.cuda.matmul", "torch.backends.mkldnn.matmul"])
+def test_the_precision_of_float32_products_may_be_set_the_new_way(setting):
+    """In a process of its own: it is set for all."""
+    code = f"""
+        import torch
+        from lit_sigsoftmax.functional import linear_cross_entropy
+        from lit_sigsoftmax.losses.triton_backend import tf32_allowed
+        {setting}.fp32_precision = "tf32"
+        assert tf32_allowed() == ("mkldnn" not in "{setting}")
+        linear_cross_entropy(torch.zeros(3, 2), torch.zeros(4, 2), torch.arange(3))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 @every_activation

@@ -187,13 +187,22 @@ def test_a_run_without_a_store_is_one_run_there_however_often_it_is_cut_off(serv
     again = MLflowTracker(run_id=local, **without_store)
     for step in range(N_CUT - 10, N_CUT + 10):
         again.log_metrics({"a": float(step), "b": step / 3}, step)
-    again.finalize()
+    server.start()
+    assert again.flush(patience=60)
+    server.kill()
+    for step in range(N_CUT + 10, N_CUT + 20):
+        again.log_metrics({"a": float(step), "b": step / 3}, step)
+    again.finalize("failed")
+    once_more = MLflowTracker(run_id=local, **without_store)
+    for step in range(N_CUT + 20, N_CUT + 30):
+        once_more.log_metrics({"a": float(step), "b": step / 3}, step)
+    once_more.finalize()
     server.start()
     assert sync(server.uri) == 1
     assert spools(tmp_path) == []
     run = server.run("cut")
     assert (run.info.status, run.data.tags["local_id"]) == ("FINISHED", local)
-    assert server.points(run, "a") == server.points(run, "b") == dict.fromkeys(range(N_CUT + 10), 1)
+    assert server.points(run, "a") == server.points(run, "b") == dict.fromkeys(range(N_CUT + 30), 1)
     assert len(server.client.list_artifacts(run.info.run_id, "notes")) == N_CUT // 1000
 
 

@@ -234,13 +234,16 @@ def lr(value):
 def test_a_tuned_arm_is_compared_with_one_that_had_the_same_grid_alone(store, capsys):
     write_run(store, "softmax x1", 0, 100.0, study="plain", params=lr(0.1))
     write_run(store, "softmax x1", 0, 100.0, study="coarse", params=lr(0.1), tune=tune("0.1"))
+    write_run(store, "softmax x1", 0, 100.0, study="equal by chance", params=lr(0.2))
     for study in ("softmax too", "sigsoftmax"):
         layer = "softmax x1" if study == "softmax too" else "sigsoftmax x1"
         write_run(store, layer, 0, 90.0, study=study, params=lr(0.2), tune=tune("0.1", "0.2"))
     for other in ("plain", "coarse"):
-        assert re.search(
-            r"optimizer\.lr differs: .*0\.1 in softmax x1 seed 0", error_of(capsys, "--study", other, "sigsoftmax")
-        )
+        error = error_of(capsys, "--study", other, "sigsoftmax")
+        assert re.search(r"optimizer\.lr differs: .*0\.1 in softmax x1 seed 0", error)
+    error = error_of(capsys, "--study", "equal by chance", "sigsoftmax")
+    assert "--tune differs: {" in error
+    assert "nothing in softmax x1 seed 0" in error
     run_report(capsys, "--study", "softmax too", "sigsoftmax")
 
 
@@ -250,14 +253,22 @@ def test_what_each_arm_chose_is_said_and_where_it_ends_the_grid(store, capsys, t
             given = {"params": lr(value), "metrics": {"val/best_perplexity": 90 + 100 * abs(value - chosen)}}
             given |= {"tune": tune("0.1", "0.2", "0.3")} | ({} if value == chosen else {"role": "tuning"})
             write_run(store, layer, 0, 100.0, **given)
+        given = {"params": lr(0.2), "metrics": {"val/best_perplexity": 5}, "role": "tuning"}  # chosen before, by fewer
+        write_run(store, layer, 1, 99.0, tune=tune("0.1", "0.2", "0.3"), **given)
         write_run(store, layer, 1, 101.0, params=lr(chosen), tune=tune("0.1", "0.2", "0.3"))
     words = " ".join(run_report(capsys, "--study", "demo", "--out", str(tmp_path)).split())
     said = "softmax x1 chose optimizer.lr=0.1 by validation perplexity, 90.00 (0.2: 100.00, 0.3: 110.00)."
     assert f"{said} That is the smallest optimizer.lr tried: a wider grid may find a better one." in words
     assert "sigsoftmax x1 chose optimizer.lr=0.3" in words
     assert "That is the largest optimizer.lr tried" in words
-    assert "Runs with values that were not chosen, in no mean: 4." in words
+    assert "Runs with values that were not chosen, in no mean: 6." in words
     assert "chose optimizer.lr=0.1" in (tmp_path / "report.html").read_text()
+
+
+def test_a_value_without_a_result_is_not_hidden(store, capsys):
+    write_run(store, "softmax x1", 0, 100.0, params=lr(0.1), tune=tune("0.1", "0.2"))
+    write_run(store, "softmax x1", 0, params=lr(0.2), tune=tune("0.1", "0.2"), status="failed", role="tuning")
+    assert "Of 2 values 1 without a result." in " ".join(run_report(capsys, "--study", "demo").split())
 
 
 def test_one_seed_says_what_the_test_set_says_and_no_more(store, capsys):

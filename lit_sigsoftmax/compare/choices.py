@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 from lit_sigsoftmax.compare.fairness import same_key
 from lit_sigsoftmax.compare.results import Arm, Results, Run
@@ -16,23 +17,28 @@ def choices(study: Results) -> list[str]:
     """Return a sentence for each arm that chose: its values, how good all were, and whether they end the grid."""
     found = []
     for arm in study.finished:
-        keys = [same_key(key) for key in json.loads(arm.runs[0].tags.get("tune", "{}"))]
+        grid = json.loads(arm.runs[0].tags.get("tune", "{}"))
+        keys, size = [same_key(key) for key in grid], math.prod(map(len, grid.values()))
         tried = _tried(study, arm, keys)
-        if len(tried) < 2:
+        if size < 2 or not tried:
             continue
         chosen = _values(arm.runs[0], keys)
         others = ", ".join(f"{' '.join(values)}: {ppl:,.2f}" for values, ppl in tried.items() if values != chosen)
         words = " ".join(f"{key}={value}" for key, value in zip(keys, chosen, strict=True))
         best = f", {tried[chosen]:,.2f}" if chosen in tried else ""
-        found.append(f"{arm.name} chose {words} by validation perplexity{best} ({others}).{_ends(keys, chosen, tried)}")
+        missing = f" Of {size} values {size - len(tried)} without a result." if len(tried) < size else ""
+        said = f"{arm.name} chose {words} by validation perplexity{best} ({others or 'no other'})."
+        found.append(said + missing + _ends(keys, chosen, tried))
     return found
 
 
 def _tried(study: Results, arm: Arm, keys: list[str]) -> dict[tuple[str, ...], float]:
-    lost = [run for run in study.runs if run.arm == arm.name and run.state == "tuning"]
-    seeds = {run.seed for run in lost}
-    runs = [*lost, *(run for run in arm.runs if run.seed in seeds)]
-    return {_values(run, keys): run.metrics[_PERPLEXITY] for run in runs if _PERPLEXITY in run.metrics}
+    # The seed with the most values is the one they were chosen with: others have had what was chosen, now or before.
+    by_seed: dict[int | None, dict[tuple[str, ...], float]] = {}
+    for run in study.runs:
+        if run.arm == arm.name and run.state in ("finished", "tuning") and _PERPLEXITY in run.metrics:
+            by_seed.setdefault(run.seed, {})[_values(run, keys)] = run.metrics[_PERPLEXITY]
+    return max(by_seed.values(), key=len, default={})
 
 
 def _values(run: Run, keys: list[str]) -> tuple[str, ...]:

@@ -77,7 +77,10 @@ def _compare(options: Options) -> None:
         return
     client = connect(options.tracking_uri)
     if not options.allow_unfair and (unfair := study.unfair(study_runs(client, options.study))):
-        options.fail(f"{unfair}; name the keys that are compared with --vary, or pass --allow_unfair")
+        options.fail(
+            f"{unfair}; name the keys that are compared with --vary, give those that are chosen with the same --tune, "
+            "or pass --allow_unfair"
+        )
     if options.dry_run:
         print(describe(study, client))
         return

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["below", "config_hash", "same_key", "tuned_keys", "unfair_differences"]
+__all__ = ["below", "config_hash", "same_key", "tuned_keys", "unfair_differences", "with_grid"]
 
 # Keys that say where a run is kept, how it is shown or what follows from other keys.
 _IMMATERIAL = (
@@ -63,6 +63,11 @@ def tuned_keys(tags: Iterable[Mapping[str, str]]) -> set[str]:
     """
     grids = {of_run.get("tune", "{}") for of_run in tags}
     return set(json.loads(grids.pop())) if len(grids) == 1 else set()
+
+
+def with_grid(params: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, str]:
+    """Return a run's parameters with the grid that its arm chose from: to have had a choice is a difference too."""
+    return {**params, "--tune": tags.get("tune", "nothing")}
 
 
 def config_hash(params: Mapping[str, str]) -> str:

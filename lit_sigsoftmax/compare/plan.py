@@ -121,7 +121,7 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
         except ValueError:
             raise ValueError(f"a seed is a number, or a range such as 0..4, not {word!r}") from None
         if not found:
-            raise ValueError(f"the range of seeds {word} ends before it begins")
+            raise ValueError(f"the range of seeds {word!r} ends before it begins")
         seeds += found
     return list(dict.fromkeys(seeds))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_sigsoftmax.compare.fairness import below, config_hash, same_key, tuned_keys, unfair_differences
+from lit_sigsoftmax.compare.fairness import below, config_hash, same_key, tuned_keys, unfair_differences, with_grid
 from lit_sigsoftmax.compare.job import Job
 from lit_sigsoftmax.compare.options import Options
 from lit_sigsoftmax.compare.plan import PlannedRun, tuning_runs
@@ -65,8 +65,9 @@ class Study:
 
     def has_values_of(self, run: PlannedRun, params: Mapping[str, str]) -> bool:
         """Whether a stored configuration has the values that are tuned of a planned run."""
-        planned, keys = self.params(run), [same_key(key) for key in self.options.tune]
-        return all(params.get(key) == value for key, value in planned.items() if below(key, keys))
+        keys = [same_key(key) for key in self.options.tune]
+        planned, stored = ({k: v for k, v in of.items() if below(k, keys)} for of in (self.params(run), params))
+        return planned == stored
 
     def unfair(self, stored: Sequence[Any]) -> str:
         """Return in which keys the runs differ though they are not compared, in words; nothing where they do not.
@@ -74,11 +75,15 @@ class Study:
         Args:
             stored: The study's runs in the store.
         """
-        runs = {f"{run.info.run_name} in the store": run.data.params for run in stored if run.data.params}
-        runs |= {
-            run.name: self._params[run.arm, run.tuned] for run in tuning_runs(self.options.runs, self.options.tune)
+        tags = {run.info.run_id: {**run.data.tags, **self._changes(run)} for run in stored}
+        runs = {
+            f"{run.info.run_name} in the store": with_grid(run.data.params, tags[run.info.run_id])
+            for run in stored
+            if run.data.params
         }
-        tuned = tuned_keys([self._grid, *({**run.data.tags, **self._changes(run)} for run in stored)])
+        for planned in tuning_runs(self.options.runs, self.options.tune):
+            runs[planned.name] = with_grid(self._params[planned.arm, planned.tuned], self._grid)
+        tuned = tuned_keys([self._grid, *tags.values()])
         found = unfair_differences(runs, [*self.options.axes, *tuned])
         return "; ".join(f"{key} differs: {_values(values)}" for key, values in found.items())
 
@@ -91,7 +96,8 @@ class Study:
 
     @property
     def _grid(self) -> dict[str, str]:
-        return {"tune": json.dumps(self.options.tune)} if self.options.tune else {}
+        grid = {key: sorted(values) for key, values in sorted(self.options.tune.items())}
+        return {"tune": json.dumps(grid)} if grid else {}
 
     def _changes(self, run: Any) -> dict[str, str]:
         """The grid for a stored run of an arm that this command tunes, perhaps over more values than before."""

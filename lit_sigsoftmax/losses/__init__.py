@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses.chunked import chunked, product_dtype
 from lit_sigsoftmax.losses.reference import reference
-from lit_sigsoftmax.losses.triton_backend import refusal, triton_linear_cross_entropy
+from lit_sigsoftmax.losses.triton_backend import refusal, tf32_allowed, triton_linear_cross_entropy
 
 __all__ = ["BACKENDS", "Backend", "check_backend", "resolve_backend"]
 
@@ -76,6 +76,6 @@ def resolve_backend(
     check_backend(name)
     if name != "auto":
         return name
-    matrix_units = product_dtype(hidden, weight) != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    serves = hidden.is_cuda and matrix_units and not penalized and not refusal(hidden, weight, bias, log_g)
-    return "triton" if serves else "chunked"
+    if not hidden.is_cuda or penalized or not (product_dtype(hidden, weight) != torch.float32 or tf32_allowed()):
+        return "chunked"
+    return "chunked" if refusal(hidden, weight, bias, log_g) else "triton"

@@ -251,7 +251,7 @@ def _chunks(tokens: int, experts: int, vocab_size: int, way: str, device: torch.
         rows = min(rows, max(_ROWS, least))
     step = -(-tokens // max(1, tokens * experts // rows))  # of nearly equal sizes: a small rest costs like a chunk
     if device.type != "cpu":
-        step = -(-step // _TILE) * _TILE
+        step = -(-step * experts // _TILE) * _TILE // experts
     return (slice(start, start + step) for start in range(0, tokens, max(1, step)))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses.reduction import mix, reduce
 
-__all__ = ["available", "refusal", "score_and_differentiate", "serves", "triton_linear_cross_entropy"]
+__all__ = ["available", "refusal", "score_and_differentiate", "serves", "tf32_allowed", "triton_linear_cross_entropy"]
 
 PROGRAMS = 1024
 """Programs of the forward kernel, at the most, beyond one for each block of rows: some for each multiprocessor of a
@@ -39,6 +39,13 @@ _ALIGNED = 8  # the vendor's library is three times slower in half precision on 
 def available() -> bool:
     """Whether Triton is installed and there is a GPU, or Triton's interpreter is on (``TRITON_INTERPRET=1``)."""
     return _installed() and (torch.cuda.is_available() or _interpreted())
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch may round the factors of a float32 product to TF32 on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    # Where the new setting has been used, the older ones raise; torch 2.8 has those alone.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def refusal(hidden: Tensor, weight: Tensor, bias: Tensor | None, log_g: Activation) -> str | None:
@@ -248,7 +255,7 @@ def _constants(hidden: Tensor, log_g: Activation) -> dict[str, Any]:
     from lit_sigsoftmax.losses import triton_kernels as kernels
 
     half = hidden.dtype != torch.float32
-    exact = torch.get_float32_matmul_precision() == "highest"
+    exact = not tf32_allowed()
     return {
         "hidden_size": hidden.shape[1],
         "activation": kernels.ACTIVATIONS[log_g],
