@@ -116,12 +116,13 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
     seeds: list[int] = []
     for word in words:
         first, dots, last = word.partition("..")
+        expected = f"a seed is a number, or a range such as 0..4, not {word!r}"
         try:
             found = range(int(first), int(last) + 1) if dots else [int(first)]
         except ValueError:
-            raise ValueError(f"a seed is a number, or a range such as 0..4, not {word!r}") from None
+            raise ValueError(expected) from None
         if not found:
-            raise ValueError(f"the range of seeds {word!r} ends before it begins")
+            raise ValueError(f"{expected}, which ends before it begins")
         seeds += found
     return list(dict.fromkeys(seeds))
 
