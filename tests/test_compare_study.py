@@ -77,7 +77,9 @@ def test_to_do_without_a_key_can_be_chosen(store, capsys):
     assert "trainer.gradient_clip_val" not in won.data.params
     assert "role" not in won.data.tags
     assert lost.data.tags["role"] == "tuning"
-    assert f"{won.data.metrics['test/perplexity']:.2f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{won.data.metrics['test/perplexity']:.2f}" in out
+    assert "softmax x1 chose trainer.gradient_clip_val=null by validation" in " ".join(out.split())
 
 
 def test_a_dry_run_shows_the_plan_and_makes_no_store(store, capsys):

@@ -42,7 +42,7 @@ def _tried(study: Results, arm: Arm, keys: list[str]) -> dict[tuple[str, ...], f
 
 
 def _values(run: Run, keys: list[str]) -> tuple[str, ...]:
-    return tuple(run.params.get(key, "") for key in keys)
+    return tuple(run.params.get(key, "null") for key in keys)
 
 
 def _ends(keys: list[str], chosen: tuple[str, ...], tried: dict[tuple[str, ...], float]) -> str:
@@ -50,10 +50,10 @@ def _ends(keys: list[str], chosen: tuple[str, ...], tried: dict[tuple[str, ...],
     said = ""
     for i, key in enumerate(keys):
         try:
-            grid = {float(values[i]) for values in tried}
+            grid, value = {float(values[i]) for values in tried}, float(chosen[i])
         except ValueError:  # a word has no order
             continue
-        if len(grid) > 1 and float(chosen[i]) in (min(grid), max(grid)):
-            which = "largest" if float(chosen[i]) == max(grid) else "smallest"
+        if len(grid) > 1 and value in (min(grid), max(grid)):
+            which = "largest" if value == max(grid) else "smallest"
             said += f" That is the {which} {key} tried: a wider grid may find a better one."
     return said
