@@ -14,6 +14,7 @@ from lit_sigsoftmax.checkpoints import LAST, CheckpointError, previous_path, rea
 from lit_sigsoftmax.spool import spool_folder
 from lit_sigsoftmax.store import (
     TrackingError,
+    below,
     find_run,
     flatten,
     impatient,
@@ -56,7 +57,7 @@ class Resumption:
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
     """Return what decides a run's result, from the resolved configuration of ``fit``: one line for each key."""
     lines = {key: str(value) for key, value in flatten(config)}
-    return {k: v for k, v in lines.items() if not any(k == free or k.startswith(f"{free}.") for free in _FREE)}
+    return {k: v for k, v in lines.items() if not below(k, _FREE)}
 
 
 def run_folder(tracking_uri: str, run_id: str) -> Path:

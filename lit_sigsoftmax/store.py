@@ -12,7 +12,7 @@ import re
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Started",
     "TrackingError",
+    "below",
     "create_run",
     "default_tracking_uri",
     "find_run",
@@ -283,3 +284,8 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, name)
         elif value is not None:
             yield name, value
+
+
+def below(key: str, parents: Iterable[str]) -> bool:
+    """Whether a flattened name is one of some names or lies below one."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-__all__ = ["below", "config_hash", "same_key", "tuned_keys", "unfair_differences", "with_grid"]
+from lit_sigsoftmax.store import below
+
+__all__ = ["config_hash", "in_words", "same_key", "tuned_keys", "unfair_differences", "with_grid"]
 
 # Keys that say where a run is kept, how it is shown or what follows from other keys.
 _IMMATERIAL = (
@@ -55,6 +57,15 @@ def unfair_differences(
     return found
 
 
+def in_words(differences: Mapping[str, Mapping[str, Sequence[str]]]) -> list[str]:
+    """Return what :func:`unfair_differences` found, a sentence for each key."""
+    return [
+        f"{key} differs: "
+        + ", ".join(f"{v} in {n[0]}" + (f" and {len(n) - 1} more" if n[1:] else "") for v, n in values.items())
+        for key, values in differences.items()
+    ]
+
+
 def tuned_keys(tags: Iterable[Mapping[str, str]]) -> set[str]:
     """Return the keys in which runs may differ because each arm chose its value: all of them from the same grid.
 
@@ -88,8 +99,3 @@ def same_key(key: str) -> str:
         'model.backbone.hidden_size'
     """
     return ".".join(part for part in key.split(".") if part not in ("init_args", "class_path"))
-
-
-def below(key: str, parents: Iterable[str]) -> bool:
-    """Whether a key is one of some keys or lies below one."""
-    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)

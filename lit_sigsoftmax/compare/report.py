@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lit_sigsoftmax.compare.choices import choices
 from lit_sigsoftmax.compare.evidence import Evidence, bootstraps, draw, read_evidence
-from lit_sigsoftmax.compare.fairness import tuned_keys, unfair_differences, with_grid
+from lit_sigsoftmax.compare.fairness import in_words, tuned_keys, unfair_differences, with_grid
 from lit_sigsoftmax.compare.figures import colours
 from lit_sigsoftmax.compare.page import TokenSection, page
 from lit_sigsoftmax.compare.results import Results, read_study
@@ -142,14 +142,8 @@ def _unfair(study: Results) -> list[str]:
     compared = [*(run for arm in study.finished for run in arm.runs), *replaced]
     axes = {"model.activation", "model.n_experts", *tuned_keys(run.tags for run in compared)}
     axes |= {key for run in compared for key in run.tags.get("axes", "").split()}
-    found = unfair_differences(
-        {f"{run.name} ({run.id[:6]})": with_grid(run.params, run.tags) for run in compared}, axes
-    )
-    return [
-        f"{key} differs: "
-        + ", ".join(f"{v} in {n[0]}" + (f" and {len(n) - 1} more" if n[1:] else "") for v, n in values.items())
-        for key, values in found.items()
-    ]
+    runs = {f"{run.name} ({run.id[:6]})": with_grid(run.params, run.tags) for run in compared}
+    return in_words(unfair_differences(runs, axes))
 
 
 def _pair(study: Results, evidence: Evidence, asked: Sequence[str] | None) -> TokenPair | None:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_sigsoftmax.compare.fairness import below, config_hash, same_key, tuned_keys, unfair_differences, with_grid
+from lit_sigsoftmax.compare.fairness import config_hash, in_words, same_key, tuned_keys, unfair_differences, with_grid
 from lit_sigsoftmax.compare.job import Job
 from lit_sigsoftmax.compare.options import Options
 from lit_sigsoftmax.compare.plan import PlannedRun, tuning_runs
 from lit_sigsoftmax.compare.results import study_runs
-from lit_sigsoftmax.store import store_root
+from lit_sigsoftmax.store import below, store_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -84,8 +84,7 @@ class Study:
         for planned in tuning_runs(self.options.runs, self.options.tune):
             runs[planned.name] = with_grid(self._params[planned.arm, planned.tuned], self._grid)
         tuned = tuned_keys([self._grid, *tags.values()])
-        found = unfair_differences(runs, [*self.options.axes, *tuned])
-        return "; ".join(f"{key} differs: {_values(values)}" for key, values in found.items())
+        return "; ".join(in_words(unfair_differences(runs, [*self.options.axes, *tuned])))
 
     def mark(self, client: MlflowClient) -> None:
         """Let the study's runs say which arm the others are compared with, and what grid theirs has chosen from."""
@@ -103,13 +102,6 @@ class Study:
         """The grid for a stored run of an arm that this command tunes, perhaps over more values than before."""
         ours = any(run.data.tags.get("arm") == planned.arm for planned in self.options.runs)
         return self._grid if ours and "tune" in run.data.tags else {}
-
-
-def _values(values: dict[str, list[str]]) -> str:
-    return ", ".join(
-        f"{value} in {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        for value, names in values.items()
-    )
 
 
 def _file_name(name: str) -> str:

@@ -174,7 +174,7 @@ class _TokenLoss(torch.autograd.Function):
                 "choose backend='reference'"
             )
         hidden, weight, bias, target, peak, log_total = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needed, grad = ctx.needs_input_grad, grad.contiguous()
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
         d_weight = torch.empty_like(weight) if needed[1] else None
         d_bias = torch.empty_like(bias) if needed[2] else None
@@ -187,7 +187,7 @@ class _TokenLoss(torch.autograd.Function):
                 target - part.start,
                 peak,
                 log_total,
-                grad.contiguous(),
+                grad,
                 ctx.log_g,
                 bias_needed=needed[2],
             )
