@@ -63,7 +63,7 @@ def largest_error(actual, expected):
 @needs_triton
 @every_activation
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (3, 5, 2), (128, 256, 64), (130, 259, 33)])
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (3, 5, 2), (128, 256, 64), (130, 259, 33), (2, 9000, 3)])
 def test_agrees_with_float64(n, v, d, bias, name):
     """Shapes below, on and beyond the tiles' borders; an upstream gradient for each token."""
     hidden, weight, offset, target = make(n, v, d, bias=bias)
@@ -282,13 +282,14 @@ def test_logits_are_never_held_whole(programs, min_chunk, monkeypatch):
     for actual, value in zip(got, exact(*tensors, name="sigsoftmax", upstream=upstream.double()), strict=True):
         torch.testing.assert_close(actual.double(), value, atol=1e-5, rtol=1e-5)
     whole = n * v
-    assert recorder.largest == whole if min_chunk > 1 else recorder.largest < whole / 4
+    padded = n * -(-v // 32) * 32
+    assert recorder.largest == padded if min_chunk > 1 else recorder.largest < whole / 4
 
 
 @needs_triton
 @pytest.mark.parametrize(("needed", "products"), [((0,), 1), ((1,), 1), ((2,), 0), ((0, 1, 2), 2)])
 def test_only_what_is_needed_is_computed(needed, products):
-    tensors = make(20, 30, 8)
+    tensors = make(20, 32, 8)
     leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(tensors[:3])]
     loss = triton_linear_cross_entropy(
         leaves[0], leaves[1], tensors[3], leaves[2], get_activation("softmax"), ignore_index=-100, reduction="sum"
@@ -439,10 +440,11 @@ def test_compiles_for_gpus(tmp_path):
         from triton.compiler import ASTSource
         from lit_sigsoftmax.losses import triton_kernels as kernels
 
-        TYPES = {"target": "*i64", "n_rows": "i32", "vocab_size": "i32", "span": "i32", "stride": "i32"}
+        SIZES = ["n_rows", "vocab_size", "span", "spans", "first", "grad_stride", "stride", "ignore_index"]
+        TYPES = {"target": "*i64", **dict.fromkeys(SIZES, "i32")}
         TILE = {
             "precision": "ieee", "block_n": 16, "block_v": 16, "block_d": 16, "hidden_size": 70,
-            "differentiate": True, "block": 64,
+            "differentiate": True, "block": 64, "block_spans": 64,
         }
 
         def check(kernel, activation, dtype, bias, capability):
@@ -459,6 +461,7 @@ def test_compiles_for_gpus(tmp_path):
             check(kernels.rows_kernel, activation, "fp32", True, 90)
         check(kernels.gradient_kernel, activation, "fp32", False, 80)
         check(kernels.statistics_kernel, activation, "fp16", True, 90)
+        check(kernels.combine_kernel, None, "fp32", True, 90)
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)

@@ -34,6 +34,7 @@ _TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster
 _TYPES = 4096  # of the vocabulary, whose half-precision product is held before it is added
 _LEAST, _LEAST_ON_GPU = 2**18, 2**25  # logits of the smallest chunk
+_LEAST_BLOCK_ON_GPU = 2**22  # logits: with fewer it waits for the host
 _FIRST_ONLY = "has first derivatives only, and no torch.func transforms: use backend='reference'"
 
 
@@ -103,8 +104,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: _Layer, differentiable: bool, target: Tensor, *tensors: Tensor | None) -> Tensor:
         wanted = [differentiable and needed for needed in ctx.needs_input_grad[3:]]
-        counted = target != layer.ignore_index
-        row_weight = counted.to(layer.precision)
+        row_weight = (target != layer.ignore_index).to(layer.precision)
         if layer.dtype == layer.precision:
             row_weight /= row_weight.sum().clamp(min=1)
         nll, gradients = _run(layer, target, tensors, wanted, row_weight)
@@ -119,28 +119,41 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError(f"the chunked loss {_FIRST_ONLY}")
         target, row_weight, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        ratio = (grad / row_weight)[row_weight > 0]
-        if gradients is None or (ratio != ratio[:1]).any():
+        ratio = None if gradients is None else _common_ratio(grad, row_weight)
+        if gradients is None or ratio is None:
             # Rows of unequal weight, or a second backward pass: the sums of the forward pass do not serve.
             _, gradients = _run(ctx.layer, target, tensors, ctx.wanted, grad.where(row_weight > 0, 0.0))
-        elif len(ratio) and ratio[0] != 1:
+        elif grad.is_cuda or ratio != 1:  # a GPU would have to wait for the comparison
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(ratio[0])
+                    gradient.mul_(ratio)
         found = [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return None, None, None, *found
+
+
+def _common_ratio(grad: Tensor, row_weight: Tensor) -> Tensor | None:
+    """What the rows' weights, shape (N,), are to be multiplied by to become ``grad``; None if that differs."""
+    if len(grad) and grad.stride() == (0,):  # of a mean or sum: one number, for which no GPU has to wait
+        weight = row_weight.amax()
+        return torch.where(weight > 0, grad[0] / weight, 1.0)
+    ratio = (grad / row_weight)[row_weight > 0]
+    if (ratio != ratio[:1]).any():
+        return None
+    return ratio[0] if len(ratio) else ratio.new_ones(())
 
 
 def _run(
     layer: _Layer, target: Tensor, tensors: Any, wanted: list[bool], row_weight: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     hidden, weight, *_ = tensors
+    counted = target != layer.ignore_index
+    target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False):
         sums = _Sums(layer, tensors, wanted)
-        nll = hidden.new_zeros(len(target), dtype=layer.precision)
+        nll = hidden.new_empty(len(target), dtype=layer.precision)
         for tokens in _chunks(len(target), hidden.shape[1], len(weight), sums.way, hidden.device):
             nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
-    return nll, sums.gradients
+    return nll.where(counted, 0.0), sums.gradients
 
 
 class _Sums:
@@ -160,12 +173,11 @@ class _Sums:
     def add(self, tokens: slice, target: Tensor, row_weight: Tensor) -> Tensor:
         """Add the gradients of some tokens and return their losses, shape (n,)."""
         n, experts, size = self.hidden[tokens].shape
-        counted = target != self.layer.ignore_index
         rows = self.hidden[tokens].reshape(-1, size).to(self.layer.dtype)
         log_prior = None if self.log_prior is None else self.log_prior[tokens].to(self.layer.precision)
-        combine = partial(_combine, log_prior, row_weight.to(self.layer.precision))
-        targets = target.where(counted, 0).repeat_interleave(experts)
-        logits, outcome = self._pointwise(rows, targets, experts, combine)
+        combine = partial(_combine, log_prior, row_weight)
+        of_rows = target.unsqueeze(-1).expand(n, experts).reshape(-1)
+        logits, outcome = self._pointwise(rows, of_rows, experts, combine)
         nll, share = combine(0, outcome.loss)
         of_hidden, of_weight, of_bias, of_prior, *of_held = self.gradients
         if of_prior is not None:
@@ -174,7 +186,7 @@ class _Sums:
             if total is not None:
                 total.add_(found)
         # Rows of the small matrices are scaled, not those of the logits: but for half precision, whose range ends soon.
-        scale = (outcome.scale * share.view(-1)).unsqueeze(-1)
+        scale = share.view(-1, 1) if outcome.scale is None else (outcome.scale * share.view(-1)).unsqueeze(-1)
         if half := self.layer.dtype != self.layer.precision:
             logits.mul_(scale)
             scale = torch.ones_like(scale)
@@ -182,13 +194,14 @@ class _Sums:
             of_bias.add_((scale.t() @ logits).view(-1))
         derivative = logits.to(self.layer.dtype)
         if of_hidden is not None:
-            of_hidden[tokens] = linear(derivative, self.weight.t()).mul_(scale).view(n, experts, size)
+            product = linear(derivative, self.weight.t())
+            torch.mul(product, scale, out=of_hidden[tokens].view(-1, size))
         if of_weight is not None and half:
             for part, d in zip(of_weight.split(_TYPES), derivative.t().split(_TYPES), strict=True):
                 part.add_(d @ rows)  # a half-precision product, summed in float32
         elif of_weight is not None:
             of_weight.addmm_(derivative.t(), rows * scale)
-        return nll.where(counted, 0.0)
+        return nll
 
     def _pointwise(
         self, rows: Tensor, target: Tensor, experts: int, combine: Callable[[int, Tensor], tuple[Tensor, Tensor]]
@@ -197,10 +210,10 @@ class _Sums:
         logits = linear(rows, self.weight, self.bias).to(layer.precision)
         if self.way == "compiled":
             loss = compiled.score_and_differentiate(logits, target, str(name_of(layer.log_g)), gradient)
-            return logits, Pointwise(loss, torch.ones_like(loss))
+            return logits, Pointwise(loss)
         if self.way == "triton":
             loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
-            return logits, Pointwise(loss, torch.ones_like(loss))
+            return logits, Pointwise(loss)
         if self.way == "closed form":
             if outcome := closed_form(logits, target, layer.log_g, gradient):
                 return logits, outcome
@@ -211,11 +224,16 @@ class _Sums:
             layer.log_g,
             layer.penalty,
             gradient,
-            block=experts * max(1, len(logits) // (8 * experts)),  # whole tokens; it holds several copies on the way
+            block=experts * max(1, _block(logits) // experts),  # whole tokens
             parameters=self.held,
             weigh=lambda start, loss: combine(start, loss)[1].view(-1),
         )
         return logits, outcome
+
+
+def _block(logits: Tensor) -> int:
+    """Rows that are differentiated at a time; several copies of them are held on the way."""
+    return max(len(logits) // 8, _LEAST_BLOCK_ON_GPU // logits.shape[1] if logits.is_cuda else 0)
 
 
 def _way(layer: _Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "general"]:

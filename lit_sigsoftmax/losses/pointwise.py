@@ -37,12 +37,12 @@ class Pointwise(NamedTuple):
 
     Attributes:
         loss: Nats, shape (n,).
-        scale: What the derivatives of each row are still to be multiplied by, shape (n,).
+        scale: What the derivatives of each row are still to be multiplied by, shape (n,); None for nothing.
         of_parameters: Gradients of the tensors that the activation holds.
     """
 
     loss: Tensor
-    scale: Tensor
+    scale: Tensor | None = None
     of_parameters: Sequence[Tensor] = ()
 
 
@@ -103,7 +103,7 @@ def general(
         losses.append(loss)
         for total, of_block in zip(totals, found, strict=False):
             total.add_(of_block)
-    return Pointwise(torch.cat(losses), logits.new_ones(len(logits)), totals)
+    return Pointwise(torch.cat(losses), of_parameters=totals)
 
 
 def _block(

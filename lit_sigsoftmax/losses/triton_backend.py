@@ -15,13 +15,13 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation
+from lit_sigsoftmax.losses.gemm import aligned_rows
 from lit_sigsoftmax.losses.reduction import mix, reduce
 
 __all__ = ["available", "refusal", "score_and_differentiate", "serves", "tf32_allowed", "triton_linear_cross_entropy"]
@@ -30,10 +30,10 @@ PROGRAMS = 1024
 """Programs of the forward kernel, at the most, beyond one for each block of rows: some for each multiprocessor of a
 large GPU. Each keeps one partial sum a row, so this bounds their memory too."""
 
-MIN_CHUNK = 2**24
-"""Logit gradients held at a time, at least: fewer would not fill a GPU."""
+MIN_CHUNK = 2**26
+"""Logit gradients held at a time, at least: with fewer a GPU waits for the host, who starts five operations a part."""
 
-_ALIGNED = 8  # the vendor's library is three times slower in half precision on sizes that are no multiple of this
+_ALIGNED = 8  # a sum over a number that is no multiple takes the vendor's library three times as long in half precision
 
 
 def available() -> bool:
@@ -57,7 +57,7 @@ def refusal(hidden: Tensor, weight: Tensor, bias: Tensor | None, log_g: Activati
         bias: Shape (V,) or None.
         log_g: The output activation.
     """
-    if not available():
+    if not (_installed() and (hidden.is_cuda or available())):
         return "Triton or a GPU is missing (Triton's interpreter, TRITON_INTERPRET=1, runs on a CPU)"
     if not (hidden.is_cuda or _interpreted()):
         return f"the hidden vectors are on {hidden.device}, not on a GPU"
@@ -108,16 +108,13 @@ def triton_linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.contiguous()
-    rows = hidden.reshape(-1, weight.shape[1]).contiguous()
-    counted = target != ignore_index
+    rows, weight = hidden.reshape(-1, weight.shape[1]).contiguous(), weight.contiguous()
     if log_prior is None:
-        nll = _TokenLoss.apply(rows, weight.contiguous(), bias, target.contiguous(), log_g)
+        nll = _TokenLoss.apply(rows, weight, bias, target.contiguous(), log_g, ignore_index)
     else:
-        experts = log_prior.shape[1]
-        nll = _TokenLoss.apply(rows, weight.contiguous(), bias, target.repeat_interleave(experts), log_g)
-        nll = torch.where(counted.repeat_interleave(experts), nll, 0.0)
-        nll = mix(log_prior, nll.view(log_prior.shape))
-    nll = torch.where(counted, nll, 0.0)  # of an ignored target it is nan, and so its gradient
+        of_experts = target.repeat_interleave(log_prior.shape[1])
+        nll = _TokenLoss.apply(rows, weight, bias, of_experts, log_g, ignore_index)
+        nll = torch.where(target != ignore_index, mix(log_prior, nll.view(log_prior.shape)), 0.0)
     return reduce(nll, target, ignore_index, reduction)
 
 
@@ -159,12 +156,18 @@ def score_and_differentiate(logits: Tensor, target: Tensor, log_g: Activation, d
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, log_g: Activation
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        log_g: Activation,
+        ignore_index: int,
     ) -> Tensor:
-        score, peak, log_total = _statistics(hidden, weight, bias, target, log_g)
+        nll, peak, log_total = _statistics(hidden, weight, bias, target, log_g, ignore_index)
         ctx.save_for_backward(hidden, weight, bias, target, peak, log_total)
-        ctx.log_g = log_g
-        return (peak - score) + log_total
+        ctx.log_g, ctx.ignore_index = log_g, ignore_index
+        return nll
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,75 +176,87 @@ class _TokenLoss(torch.autograd.Function):
                 "the loss backend 'triton' has first derivatives alone (create_graph asks for second ones): "
                 "choose backend='reference'"
             )
-        hidden, weight, bias, target, peak, log_total = ctx.saved_tensors
-        needed, grad = ctx.needs_input_grad, grad.contiguous()
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
-        d_weight = torch.empty_like(weight) if needed[1] else None
-        d_bias = torch.empty_like(bias) if needed[2] else None
+        hidden, weight, bias, *statistics = ctx.saved_tensors
+        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+        d_hidden = None
+        d_weight = torch.empty_like(weight) if of_weight else None
+        d_bias = torch.empty_like(bias) if of_bias else None
         # By parts of the vocabulary, not of the tokens: the weight's gradient is then rounded once.
         for part in _parts(len(hidden), weight):
             d_logits, sums = _logit_gradient(
-                hidden,
-                weight[part],
-                None if bias is None else bias[part],
-                target - part.start,
-                peak,
-                log_total,
-                grad,
-                ctx.log_g,
-                bias_needed=needed[2],
+                hidden, weight, bias, part, (*statistics, grad), ctx.log_g, ctx.ignore_index, bias_needed=of_bias
             )
-            if d_hidden is not None:
-                d_hidden += d_logits @ weight[part]
+            if of_hidden:
+                for columns in _aligned(part):
+                    product = d_logits[:, columns.start - part.start : columns.stop - part.start] @ weight[columns]
+                    d_hidden = product if d_hidden is None else d_hidden.float() + product
             if d_weight is not None:
                 torch.mm(d_logits.T, hidden, out=d_weight[part])
             if d_bias is not None and sums is not None:
                 d_bias[part] = sums
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
 
 
 def _statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, log_g: Activation
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, log_g: Activation, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The target's ``log_g(z)``, the largest exponent and ``log sum exp(log_g(z) - largest)``, each (N,) in float32."""
+    """The losses, the largest exponent and ``log sum exp(log_g(z) - largest)``, each (N,) in float32."""
     from lit_sigsoftmax.losses import triton_kernels as kernels
 
     n, v = len(hidden), len(weight)
     blocks, tiles = _divide(n, kernels.BLOCK_N), _divide(v, kernels.BLOCK_V)
     span = kernels.BLOCK_V * _divide(tiles, max(1, PROGRAMS // max(1, blocks)))
-    peaks, totals = hidden.new_empty(2, _divide(v, span), n, dtype=torch.float32)
-    score = hidden.new_full((n,), torch.nan, dtype=torch.float32)
+    spans = _divide(v, span)
+    peaks, totals = hidden.new_empty(2, spans, n, dtype=torch.float32)
+    score, peak, log_total, nll = hidden.new_empty(4, n, dtype=torch.float32)
     with torch.cuda.device_of(hidden):
-        kernels.statistics_kernel[(blocks, len(peaks))](
+        kernels.statistics_kernel[(blocks, spans)](
             hidden, weight, bias, target, peaks, totals, score, n, v, span, **_constants(hidden, log_g)
         )
-    peak = peaks.amax(0)
-    return score, peak, (totals * (peaks - peak).exp()).sum(0).log()
+        rows, at_a_time = 32, 64
+        kernels.combine_kernel[(_divide(n, rows),)](
+            peaks, totals, score, target, peak, log_total, nll, n, v, spans, ignore_index, rows, at_a_time
+        )
+    return nll, peak, log_total
 
 
 def _logit_gradient(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    target: Tensor,
-    peak: Tensor,
-    log_total: Tensor,
-    grad: Tensor,
+    part: slice,
+    of_rows: tuple[Tensor, ...],
     log_g: Activation,
+    ignore_index: int,
     *,
     bias_needed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of a part of the logits, (N, part) in the inputs' dtype, and its sums over tokens in float32."""
+    """The gradient of a part of the logits, (N, part) in the inputs' dtype, and its sums over tokens in float32.
+
+    ``of_rows`` are target, largest exponent, logarithm of the sum and the gradient of the loss, (N,) each.
+    """
     from lit_sigsoftmax.losses import triton_kernels as kernels
 
+    weight, bias = weight[part], None if bias is None else bias[part]
     n, v = len(hidden), len(weight)
     blocks = _divide(n, kernels.BLOCK_N)
-    d_logits = hidden.new_empty(n, v)
+    d_logits = aligned_rows(hidden, n, v)
     sums = hidden.new_empty(blocks, v, dtype=torch.float32) if bias_needed else None
-    inputs = (hidden, weight, bias, target, peak, log_total, grad)
     with torch.cuda.device_of(hidden):
         kernels.gradient_kernel[(blocks, _divide(v, kernels.BLOCK_V))](
-            *inputs, d_logits, sums, n, v, **_constants(hidden, log_g)
+            hidden,
+            weight,
+            bias,
+            *of_rows,
+            d_logits,
+            sums,
+            n,
+            v,
+            part.start,
+            of_rows[-1].stride(0),
+            d_logits.stride(0),
+            ignore_index,
+            **_constants(hidden, log_g),
         )
     return d_logits, None if sums is None else sums.sum(0)
 
@@ -274,10 +289,16 @@ def _parts(n: int, weight: Tensor) -> Iterator[slice]:
     from lit_sigsoftmax.losses.triton_kernels import BLOCK_V
 
     v, d = weight.shape
-    size = BLOCK_V * max(1, max(MIN_CHUNK, (n + v) * d) // max(1, n) // BLOCK_V)
-    even = v if weight.dtype == torch.float32 else v // _ALIGNED * _ALIGNED
-    borders = sorted({*range(0, even, size), even, v})
-    return (slice(start, stop) for start, stop in pairwise(borders))
+    most = max(1, max(MIN_CHUNK, (n + v) * d) // max(1, n) // BLOCK_V)
+    tiles = _divide(v, BLOCK_V)
+    size = BLOCK_V * _divide(tiles, _divide(tiles, most))
+    return (slice(start, min(start + size, v)) for start in range(0, v, size))
+
+
+def _aligned(part: slice) -> Iterator[slice]:
+    """A part as what the vendor's library sums over quickly, and the few columns that remain."""
+    border = part.stop - (part.stop - part.start) % _ALIGNED
+    return (slice(*ends) for ends in ((part.start, border), (border, part.stop)) if ends[0] < ends[1])
 
 
 def _divide(a: int, b: int) -> int:

@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of :mod:`lit_sigsoftmax.losses.triton_backend`, which alone imports this module: it needs Triton.
 
-Two compute tiles of logits in float32 and never store them: rows of a tile are tokens, columns are vocabulary entries.
-The third works on logits that a library's product has made.
+The first and third compute tiles of logits in float32 and never store them: rows of a tile are tokens, columns are
+vocabulary entries. The last works on logits that a library's product has made.
 
 ``exp(log_g(z))`` is taken as ``exp(exponent) * factor``, where the exponent does not decrease in z and the factor is
 what remains: no logarithm for each logit, and the largest logit has the largest exponent.
@@ -97,8 +97,8 @@ def statistics_kernel(
     weight,
     bias,
     target,
-    peak,
-    total,
+    peaks,
+    totals,
     score,
     n_rows,
     vocab_size,
@@ -117,8 +117,8 @@ def statistics_kernel(
         weight: Shape (vocab_size, hidden_size).
         bias: Shape (vocab_size,) or None.
         target: Shape (n_rows,), int64.
-        peak: Shape (spans, n_rows), float32, written: of the exponents.
-        total: Shape (spans, n_rows), float32, written: relative to the peak.
+        peaks: Shape (spans, n_rows), float32, written: of the exponents.
+        totals: Shape (spans, n_rows), float32, written: relative to the peak.
         score: Shape (n_rows,), float32, written where the target is a vocabulary entry.
         n_rows: Tokens.
         vocab_size: Vocabulary entries.
@@ -166,9 +166,62 @@ def statistics_kernel(
         largest = larger
     exponent, factor, _ = activation(found)
     place = tl.program_id(1).to(tl.int64) * n_rows + rows
-    tl.store(peak + place, largest, mask=row < n_rows)
-    tl.store(total + place, mass, mask=row < n_rows)
+    tl.store(peaks + place, largest, mask=row < n_rows)
+    tl.store(totals + place, mass, mask=row < n_rows)
     tl.store(score + rows, exponent + tl.log(factor), mask=(row < n_rows) & (wanted >= first) & (wanted < stop))
+
+
+@triton.jit
+def combine_kernel(
+    peaks,
+    totals,
+    score,
+    target,
+    peak,
+    log_total,
+    nll,
+    n_rows,
+    vocab_size,
+    spans,
+    ignore_index,
+    block_n: tl.constexpr,
+    block_spans: tl.constexpr,
+):
+    """The negative log-likelihoods, and what the gradient needs, from what :func:`statistics_kernel` has written.
+
+    Args:
+        peaks: Shape (spans, n_rows).
+        totals: Shape (spans, n_rows).
+        score: Shape (n_rows,).
+        target: Shape (n_rows,), int64.
+        peak: Shape (n_rows,), float32, written: the largest exponent over the whole vocabulary.
+        log_total: Shape (n_rows,), float32, written: the logarithm of the sum of ``exp(log_g(z) - peak)`` over it.
+        nll: Shape (n_rows,), float32, written; nan where the target is no vocabulary entry.
+        n_rows: Tokens.
+        vocab_size: Vocabulary entries.
+        spans: Of columns.
+        ignore_index: Targets with this value cost nothing.
+        block_n: Rows for one program.
+        block_spans: Spans taken at a time.
+    """
+    row = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    rows = tl.minimum(row, n_rows - 1)
+    largest = tl.full((block_n,), -float("inf"), tl.float32)
+    mass = tl.zeros((block_n,), tl.float32)
+    for start in range(0, spans, block_spans):
+        span = start + tl.arange(0, block_spans)[:, None]
+        place = span.to(tl.int64) * n_rows + rows[None, :]
+        top = tl.load(peaks + place, mask=span < spans, other=-float("inf"))
+        part = tl.load(totals + place, mask=span < spans, other=0.0)
+        larger = tl.maximum(largest, tl.max(top, 0))
+        mass = mass * tl.exp(largest - larger) + tl.sum(part * tl.exp(top - larger[None, :]), 0)
+        largest = larger
+    wanted = tl.load(target + rows)
+    loss = (largest - tl.load(score + rows)) + tl.log(mass)
+    loss = tl.where((wanted >= 0) & (wanted < vocab_size), loss, float("nan"))
+    tl.store(nll + rows, tl.where(wanted == ignore_index, 0.0, loss), mask=row < n_rows)
+    tl.store(peak + rows, largest, mask=row < n_rows)
+    tl.store(log_total + rows, tl.log(mass), mask=row < n_rows)
 
 
 @triton.jit
@@ -184,6 +237,10 @@ def gradient_kernel(
     d_bias,
     n_rows,
     vocab_size,
+    first,
+    grad_stride,
+    stride,
+    ignore_index,
     hidden_size: tl.constexpr,
     activation: tl.constexpr,
     precision: tl.constexpr,
@@ -197,14 +254,18 @@ def gradient_kernel(
         hidden: Shape (n_rows, hidden_size), contiguous, as all are.
         weight: Shape (vocab_size, hidden_size): the vocabulary, or a part of it.
         bias: Shape (vocab_size,) or None.
-        target: Shape (n_rows,), int64, counted from the first row of ``weight``.
+        target: Shape (n_rows,), int64.
         peak: Shape (n_rows,), float32: the largest exponent over the whole vocabulary.
         log_total: Shape (n_rows,), float32: the logarithm of the sum of ``exp(log_g(z) - peak)`` over it.
-        grad: Shape (n_rows,), float32: the gradient with respect to the tokens' losses.
-        d_logits: Shape (n_rows, vocab_size), any floating dtype, written.
+        grad: Shape (n_rows,), float32: the gradient with respect to the tokens' losses; any stride.
+        d_logits: Shape (n_rows, vocab_size), any floating dtype, rows contiguous, written.
         d_bias: Shape (blocks of rows, vocab_size), float32, written: sums over each block's rows; or None.
         n_rows: Tokens.
-        vocab_size: Vocabulary entries.
+        vocab_size: Rows of ``weight``.
+        first: The vocabulary entry of its first row.
+        grad_stride: Of ``grad``, 0 where all tokens share one gradient.
+        stride: From one row of ``d_logits`` to the next.
+        ignore_index: Targets with this value have no gradient.
         hidden_size: Of the hidden vectors.
         activation: A value of :data:`ACTIVATIONS`.
         precision: ``"ieee"`` or ``"tf32"``: of float32 products.
@@ -231,11 +292,12 @@ def gradient_kernel(
     rows = tl.minimum(row, n_rows - 1).to(tl.int64)
     exponent, factor, slope = activation(z)
     p = tl.exp((exponent - tl.load(peak + rows)[:, None]) - tl.load(log_total + rows)[:, None]) * factor
-    hit = column[None, :] == tl.load(target + rows).to(tl.int32)[:, None]
-    upstream = tl.load(grad + rows, mask=row < n_rows, other=0.0)
+    wanted = tl.load(target + rows)
+    hit = first + column[None, :] == wanted.to(tl.int32)[:, None]
+    upstream = tl.load(grad + rows * grad_stride, mask=(row < n_rows) & (wanted != ignore_index), other=0.0)
     gradient = (p - tl.where(hit, 1.0, 0.0)) * slope * upstream[:, None]
     inside = (row[:, None] < n_rows) & (column[None, :] < vocab_size)
-    tl.store(d_logits + rows[:, None] * vocab_size + column[None, :], gradient, mask=inside)
+    tl.store(d_logits + rows[:, None] * stride + column[None, :], gradient, mask=inside)
     if d_bias is not None:
         place = tl.program_id(0).to(tl.int64) * vocab_size + column
         tl.store(d_bias + place, tl.sum(gradient, 0), mask=column < vocab_size)
