@@ -30,8 +30,8 @@ PROGRAMS = 1024
 """Programs of the forward kernel, at the most, beyond one for each block of rows: some for each multiprocessor of a
 large GPU. Each keeps one partial sum a row, so this bounds their memory too."""
 
-MIN_CHUNK = 2**26
-"""Logit gradients held at a time, at least: with fewer a GPU waits for the host, who starts five operations a part."""
+MIN_CHUNK = 2**24
+"""Logit gradients held at a time, at least: fewer would not fill a GPU."""
 
 _ALIGNED = 8  # a sum over a number that is no multiple takes the vendor's library three times as long in half precision
 
