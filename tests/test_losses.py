@@ -11,16 +11,15 @@ from fork_helpers import free_port
 from references import FORMULAS, log_probabilities
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lit_sigsoftmax import OutputHead
 from lit_sigsoftmax.activations import available_activations, derivative_of, get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunked as chunked_backend
-from lit_sigsoftmax.losses import compiled, gemm
+from lit_sigsoftmax.losses import chunks, compiled, gemm
 
-chunked = sys.modules[chunked_backend.__module__]
 N, HIDDEN, VOCAB = 90, 6, 40
 WAYS = ["compiled", "closed form", "general"]
 
@@ -30,8 +29,8 @@ every_activation = pytest.mark.parametrize("name", available_activations())
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 32 rows, the last one shorter."""
-    monkeypatch.setattr(chunked, "_LEAST", 1)
-    monkeypatch.setattr(chunked, "_ROWS", 32)
+    monkeypatch.setattr(chunks, "_LEAST", 1)
+    monkeypatch.setattr(chunks, "_ROWS", 32)
 
 
 @pytest.fixture(params=WAYS)
@@ -39,12 +38,12 @@ def way(request, monkeypatch):
     """Each way from logits to losses, on the activations that it serves; the general one otherwise."""
 
     def choose(layer, device):
-        name = chunked.name_of(layer.log_g)
+        name = chunks.name_of(layer.log_g)
         if request.param == "compiled" and layer.precision == torch.float32 and compiled.serves(name):
             return "compiled"
-        return "closed form" if request.param == "closed form" and chunked.has_closed_form(name) else "general"
+        return "closed form" if request.param == "closed form" and chunks.has_closed_form(name) else "general"
 
-    monkeypatch.setattr(chunked, "_way", choose)
+    monkeypatch.setattr(chunks, "_way", choose)
     return request.param
 
 
@@ -233,7 +232,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("activation", [*available_activations(), lambda z: z.square()])
 def test_the_logits_never_exist_whole(activation, experts, gradient, monkeypatch):
-    monkeypatch.setattr(chunked, "_ROWS", 192)
+    monkeypatch.setattr(chunks, "_ROWS", 192)
     rows, hidden_size = 1200, 2
     head = OutputHead(hidden_size, VOCAB, activation, experts)
     hidden = torch.randn(rows // experts, hidden_size)
@@ -242,12 +241,12 @@ def test_the_logits_never_exist_whole(activation, experts, gradient, monkeypatch
         nll = head.nll(hidden, target)
         if gradient:
             nll.mean().backward()
-    assert largest.elements <= rows * VOCAB / 8
+    assert largest.elements <= (rows / 8 if gradient else 192) * VOCAB
 
 
 def test_frozen_inputs_cost_no_product(monkeypatch):
     products = []
-    monkeypatch.setattr(chunked, "linear", lambda *args: products.append("linear") or F.linear(*args))
+    monkeypatch.setattr(chunks, "linear", lambda *args: products.append("linear") or F.linear(*args))
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: products.append("addmm"))
     inputs, target = layer(torch.float32, n=30)
     for frozen, expected in (
@@ -502,28 +501,119 @@ def test_gradients_of_two_processes_are_those_of_the_reference(tmp_path):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_inside_a_compiled_model():
-    """The loss is a break in the graph; what is around it is compiled."""
-    (hidden, weight, bias), target = layer(torch.float32)
-
-    def step(hidden, weight, bias):
-        return linear_cross_entropy(torch.tanh(hidden), weight, target, bias, activation="sigsoftmax") * 2
-
-    expected = torch.autograd.grad(step(hidden, weight, bias), (hidden, weight, bias))
-    graphs = []
+def compiled_step(loss, calls, dynamic=None):
+    """``loss`` of tensors as a step that torch.compile traces, and the functions in its graphs."""
 
     def backend(graph, example_inputs):
-        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        calls.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
         return graph.forward
 
+    torch.compiler.reset()
+    return torch.compile(loss, backend=backend, dynamic=dynamic)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"mixed": True}], ids=str)
+def test_inside_a_compiled_model(reduction, options):
+    """An operator in its one graph, with the gradients that it has outside."""
+    (hidden, weight, bias), target = layer(torch.float32)
+    options = {"activation": "sigsoftmax", "reduction": reduction, **options}
+    tensors = [hidden, weight, bias]
+    if options.pop("mixed", False):
+        tensors = [hidden.detach().view(N // 3, 3, HIDDEN).requires_grad_(), weight, bias]
+        tensors.append(torch.randn(N // 3, 3).log_softmax(-1).requires_grad_())
+        target = target[: N // 3]
+
+    def step(hidden, weight, bias, log_prior=None):
+        hidden = torch.tanh(hidden)
+        return linear_cross_entropy(hidden, weight, target, bias, log_prior=log_prior, **options) * 2
+
+    expected = step(*tensors)
+    calls = []
+    found = compiled_step(step, calls)(*tensors)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors))
+    assert len(calls) == 1
+    torch.compiler.reset()
+    found = torch.compile(step, fullgraph=True)(*tensors)
+    torch.testing.assert_close(torch.autograd.grad(found, tensors), torch.autograd.grad(step(*tensors), tensors))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_frozen_or_ignored_inside_a_compiled_model(dtype):
+    (hidden, weight, bias), target = layer(torch.float32)
+    weight = weight.detach()
+
+    def step(hidden, bias, target):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax")
+
+    calls = []
+    compiled_one = compiled_step(step, calls)
+    for some in (target, torch.full_like(target, -100)):
+        found = torch.autograd.grad(compiled_one(hidden, bias, some), (hidden, bias))
+        torch.testing.assert_close(found, torch.autograd.grad(step(hidden, bias, some), (hidden, bias)))
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a lambda", "none"])
+def test_a_break_in_the_graph_where_an_operator_does_not_serve(kind):
+    """A callable is not for an operator, nor are losses that may be weighed unequally; what is around is compiled."""
+    (hidden, weight, bias), target = layer(torch.float32)
+    options = {"activation": lambda z: 2 * z} if kind == "a lambda" else {"reduction": "none"}
+
+    def step(hidden, weight, bias):
+        return linear_cross_entropy(torch.tanh(hidden), weight, target, bias, **options).sum()
+
+    calls = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = torch.autograd.grad(torch.compile(step, backend=backend)(hidden, weight, bias), (hidden, weight, bias))
-        inductor = torch.autograd.grad(torch.compile(step)(hidden, weight, bias), (hidden, weight, bias))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(inductor, expected)
-    assert [torch.tanh] in graphs  # before the break
+        found = torch.autograd.grad(compiled_step(step, calls)(hidden, weight, bias), (hidden, weight, bias))
+    torch.testing.assert_close(found, torch.autograd.grad(step(hidden, weight, bias), (hidden, weight, bias)))
+    assert [torch.tanh] in calls  # before the break
+
+
+def test_the_operator_keeps_its_promises():
+    """PyTorch's own checks. The one of tracing differentiates the gradients too, so it gets none."""
+    (hidden, weight, bias), target = layer(torch.float32)
+    log_prior = torch.zeros(N, 1, requires_grad=True)
+    for tensors in ((hidden.unsqueeze(1), weight, bias, None), (hidden.unsqueeze(1), weight.detach(), None, log_prior)):
+        for wanted in ([False] * 4, [tensor is not None and tensor.requires_grad for tensor in tensors]):
+            arguments = (*tensors, target, "sigsoftmax", -100, 0.0, 0.0, torch.float32, True, wanted)
+            checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+            torch.library.opcheck(
+                torch.ops.lit_sigsoftmax.linear_cross_entropy,
+                arguments if any(wanted) else pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments),
+                test_utils=checks[: 3 if any(wanted) else 4],
+            )
+
+
+@pytest.mark.slow
+def test_batches_of_changing_size_inside_a_compiled_model():
+    (hidden, weight, bias), target = layer(torch.float32)
+
+    def step(hidden, target):
+        return linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax")
+
+    calls = []
+    compiled_one = compiled_step(step, calls, dynamic=True)
+    for n in (N, 50, 70):
+        batch = hidden.detach()[:n].clone(), target[:n].clone()
+        found, expected = compiled_one(*batch), step(*batch)
+        torch.testing.assert_close(torch.autograd.grad(found, weight), torch.autograd.grad(expected, weight))
+    assert len(calls) == 1
+
+
+def test_the_operator_has_no_second_derivatives():
+    (hidden, weight, bias), target = layer(torch.float32)
+    calls = []
+    step = compiled_step(lambda h: linear_cross_entropy(h, weight, target, bias, activation="sigsoftmax"), calls)
+    (gradient,) = torch.autograd.grad(step(hidden), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(gradient.sum(), hidden)
 
 
 # Products

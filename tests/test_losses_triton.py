@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from importlib.util import find_spec
 
 import pytest
@@ -421,6 +422,21 @@ def test_refuses_without_triton_or_gpu(missing, monkeypatch):
     assert "Triton or a GPU is missing" in str(refusal(*tensors[:3], get_activation("softmax")))
     with pytest.raises(ValueError, match=r"Triton or a GPU is missing.*'chunked'"):
         triton(*tensors)
+
+
+@needs_triton
+def test_a_break_in_the_graph_of_a_compiled_model():
+    hidden, weight, _, target = make(40, 50, 8)
+
+    def step(hidden, weight):
+        return linear_cross_entropy(torch.tanh(hidden), weight, target, activation="sigsoftmax", backend="triton")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.compile(step, backend="eager")(hidden, weight)
+    inputs, expected = (hidden, weight), step(hidden, weight)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
 
 
 def test_importing_it_does_not_import_triton():

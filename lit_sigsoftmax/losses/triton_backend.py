@@ -43,9 +43,7 @@ def available() -> bool:
 
 def tf32_allowed() -> bool:
     """Whether PyTorch may round the factors of a float32 product to TF32 on a GPU."""
-    matmul = torch.backends.cuda.matmul
-    # Where the new setting has been used, the older ones raise; torch 2.8 has those alone.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # where it has been used, the older settings raise
 
 
 def refusal(hidden: Tensor, weight: Tensor, bias: Tensor | None, log_g: Activation) -> str | None:
@@ -109,11 +107,12 @@ def triton_linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.contiguous()
     rows, weight = hidden.reshape(-1, weight.shape[1]).contiguous(), weight.contiguous()
+    token_loss = torch.compiler.disable(_token_loss) if torch.compiler.is_compiling() else _token_loss
     if log_prior is None:
-        nll = _TokenLoss.apply(rows, weight, bias, target.contiguous(), log_g, ignore_index)
+        nll = token_loss(rows, weight, bias, target.contiguous(), log_g, ignore_index)
     else:
         of_experts = target.repeat_interleave(log_prior.shape[1])
-        nll = _TokenLoss.apply(rows, weight, bias, of_experts, log_g, ignore_index)
+        nll = token_loss(rows, weight, bias, of_experts, log_g, ignore_index)
         nll = torch.where(target != ignore_index, mix(log_prior, nll.view(log_prior.shape)), 0.0)
     return reduce(nll, target, ignore_index, reduction)
 
@@ -151,6 +150,10 @@ def score_and_differentiate(logits: Tensor, target: Tensor, log_g: Activation, d
             num_warps=8,
         )
     return nll
+
+
+def _token_loss(*args: Any) -> Tensor:
+    return _TokenLoss.apply(*args)
 
 
 class _TokenLoss(torch.autograd.Function):

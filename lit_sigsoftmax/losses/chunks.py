@@ -1,0 +1,225 @@
+r"""Losses and gradients in chunks of tokens: the logits of all tokens never exist at once, and none is computed twice.
+
+A chunk's logits are made, turned into the derivative of its losses in place, and multiplied into the gradients of
+hidden and weight, in the forward pass already: three products in all, as the plain loss takes. For token :math:`i`,
+expert :math:`k` and type :math:`v`
+
+.. math:: \frac{\partial\,\mathrm{nll}_i}{\partial z_{ikv}} = r_{ik} (p_{ikv} - y_{iv}) \frac{d \log g}{dz}(z_{ikv}),
+
+with the responsibilities :math:`r_{ik} = \pi_{ik}\, p_{ik}(y_i) / p_i(y_i)` of a mixture, 1 without one; for sigsoftmax
+the last factor is :math:`2 - \sigma(z)` (Kanai et al., NeurIPS 2018, equation 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_sigsoftmax.activations import Activation, name_of
+from lit_sigsoftmax.losses import compiled, triton_backend
+from lit_sigsoftmax.losses.gemm import linear
+from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
+from lit_sigsoftmax.losses.reduction import check_targets, mix
+
+__all__ = ["FIRST_ONLY", "Layer", "losses_and_gradients", "precision_of"]
+
+FIRST_ONLY = "the chunked loss has first derivatives only, and no torch.func transforms: use backend='reference'"
+
+# A chunk has at most this share of all rows, so that with what the passes over it hold it is within an eighth ...
+_SHARE, _SHARE_IN_PLACE = 13, 9
+_TILE = 128  # rows that a GPU's product takes at a time
+_ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
+_MOST = 31 * 2**18  # ... nor more logits: a block of 32 MB glibc takes from the system anew each time
+_TYPES = 4096  # of the vocabulary, whose half-precision product is held before it is added
+_LEAST, _LEAST_ON_GPU = 2**18, 2**25  # logits of the smallest chunk
+_LEAST_BLOCK_ON_GPU = 2**22  # logits: with fewer it waits for the host
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What does not change from chunk to chunk, tensors apart."""
+
+    log_g: Activation
+    ignore_index: int
+    penalty: Penalty
+    dtype: torch.dtype  # of the products
+
+    @property
+    def of_mean(self) -> bool:
+        """Whether the mean of the losses is differentiated beforehand, or their sum.
+
+        In half precision a loss scaler would come too late for values that have vanished.
+        """
+        return self.dtype == self.precision
+
+    def row_weight(self, target: Tensor) -> Tensor:
+        """Of the losses in what is differentiated beforehand, shape (N,)."""
+        counted = (target != self.ignore_index).to(self.precision)
+        return counted / counted.sum().clamp(min=1) if self.of_mean else counted
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype of sums and of everything between the products."""
+        return precision_of(self.dtype)
+
+
+def precision_of(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for half precision, and any other dtype as it is."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def losses_and_gradients(
+    layer: Layer, target: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], row_weight: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the losses, and the gradients of their weighted sum.
+
+    Args:
+        layer: What does not change from chunk to chunk.
+        target: Shape (N,), int64.
+        tensors: hidden (N, K, d), weight (V, d), bias (V,) or None, log_prior (N, K) or None, and those that ``log_g``
+            holds.
+        wanted: For each tensor, whether its gradient is.
+        row_weight: Shape (N,), zero where a target is ignored.
+
+    Returns:
+        Nats, shape (N,), and gradients: hidden's of its dtype, others of ``layer.precision``; None where not wanted.
+    """
+    hidden, weight, *_ = tensors
+    assert hidden is not None
+    assert weight is not None
+    counted = target != layer.ignore_index
+    if target.device.type == "cpu":  # a GPU would have to wait
+        check_targets(target[counted], len(weight))
+    target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
+    with torch.autocast(hidden.device.type, enabled=False):
+        sums = _Sums(layer, tensors, wanted)
+        nll = hidden.new_empty(len(target), dtype=layer.precision)
+        for tokens in _chunks(len(target), hidden.shape[1], len(weight), sums.way, hidden.device, any(wanted)):
+            nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
+    return nll.where(counted, 0.0), sums.gradients
+
+
+class _Sums:
+    """The gradients, as they grow chunk by chunk."""
+
+    def __init__(self, layer: Layer, tensors: Any, wanted: Sequence[bool]) -> None:
+        self.layer = layer
+        self.hidden, weight, bias, self.log_prior, *self.held = tensors
+        self.way = _way(layer, weight)
+        self.weight, self.bias = weight.to(layer.dtype), None if bias is None else bias.to(layer.dtype)
+        kept = [self.hidden.dtype, *[layer.precision] * (len(tensors) - 1)]
+        self.gradients = [
+            torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if want else None
+            for tensor, dtype, want in zip(tensors, kept, wanted, strict=True)
+        ]
+
+    def add(self, tokens: slice, target: Tensor, row_weight: Tensor) -> Tensor:
+        """Add the gradients of some tokens and return their losses, shape (n,)."""
+        n, experts, size = self.hidden[tokens].shape
+        rows = self.hidden[tokens].reshape(-1, size).to(self.layer.dtype)
+        log_prior = None if self.log_prior is None else self.log_prior[tokens].to(self.layer.precision)
+        combine = partial(_combine, log_prior, row_weight)
+        of_rows = target.unsqueeze(-1).expand(n, experts).reshape(-1)
+        logits, outcome = self._pointwise(rows, of_rows, experts, combine)
+        nll, share = combine(0, outcome.loss)
+        of_hidden, of_weight, of_bias, of_prior, *of_held = self.gradients
+        if of_prior is not None:
+            of_prior[tokens] = -share
+        for total, found in zip(of_held, outcome.of_parameters, strict=False):
+            if total is not None:
+                total.add_(found)
+        # Rows of the small matrices are scaled, not those of the logits: but for half precision, whose range ends soon.
+        scale = share.view(-1, 1) if outcome.scale is None else (outcome.scale * share.view(-1)).unsqueeze(-1)
+        if half := self.layer.dtype != self.layer.precision:
+            logits.mul_(scale)
+            scale = torch.ones_like(scale)
+        if of_bias is not None:
+            of_bias.add_((scale.t() @ logits).view(-1))
+        derivative = logits.to(self.layer.dtype)
+        if of_hidden is not None:
+            product = linear(derivative, self.weight.t())
+            torch.mul(product, scale, out=of_hidden[tokens].view(-1, size))
+        if of_weight is not None and half:
+            for part, d in zip(of_weight.split(_TYPES), derivative.t().split(_TYPES), strict=True):
+                part.add_(d @ rows)  # a half-precision product, summed in float32
+        elif of_weight is not None:
+            of_weight.addmm_(derivative.t(), rows * scale)
+        return nll
+
+    def _pointwise(
+        self, rows: Tensor, target: Tensor, experts: int, combine: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Pointwise]:
+        layer, gradient = self.layer, any(total is not None for total in self.gradients)
+        logits = linear(rows, self.weight, self.bias).to(layer.precision)
+        if self.way == "compiled":
+            loss = compiled.score_and_differentiate(logits, target, str(name_of(layer.log_g)), gradient)
+            return logits, Pointwise(loss)
+        if self.way == "triton":
+            loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
+            return logits, Pointwise(loss)
+        if self.way == "closed form":
+            if outcome := closed_form(logits, target, layer.log_g, gradient):
+                return logits, outcome
+            logits = linear(rows, self.weight, self.bias).to(layer.precision)
+        outcome = general(
+            logits,
+            target,
+            layer.log_g,
+            layer.penalty,
+            gradient,
+            block=experts * max(1, _block(logits) // experts),  # whole tokens
+            parameters=self.held,
+            weigh=lambda start, loss: combine(start, loss)[1].view(-1),
+        )
+        return logits, outcome
+
+
+def _block(logits: Tensor) -> int:
+    """Rows that are differentiated at a time; several copies of them are held on the way."""
+    return max(len(logits) // 8, _LEAST_BLOCK_ON_GPU // logits.shape[1] if logits.is_cuda else 0)
+
+
+def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "general"]:
+    """How logits become losses and derivatives, see :mod:`lit_sigsoftmax.losses.pointwise`."""
+    name = name_of(layer.log_g)
+    if any(layer.penalty):
+        return "general"
+    if weight.device.type != "cpu":
+        by_triton = layer.precision == torch.float32 and triton_backend.serves(weight, layer.log_g)
+        return "triton" if by_triton else "general"
+    if layer.precision == torch.float32 and compiled.serves(name):
+        return "compiled"
+    return "closed form" if has_closed_form(name) else "general"
+
+
+def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: Tensor) -> tuple[Tensor, Tensor]:
+    """From losses (n * K,) of experts, the first row given, to those of tokens (n,) and weights of rows (n, K)."""
+    if log_prior is None:
+        return expert_nll, factor[start : start + len(expert_nll)].unsqueeze(-1)
+    first, n = start // log_prior.shape[1], len(expert_nll) // log_prior.shape[1]
+    log_prior, expert_nll = log_prior[first : first + n], expert_nll.view(n, -1)
+    nll = mix(log_prior, expert_nll)
+    share = torch.exp(log_prior - expert_nll + nll.unsqueeze(-1))
+    factor = factor[first : first + n].unsqueeze(-1)
+    return nll, torch.where(factor == 0, 0.0, share * factor)  # an ignored token's own loss may be infinite
+
+
+def _chunks(
+    tokens: int, experts: int, vocab_size: int, way: str, device: torch.device, differentiated: bool
+) -> Iterator[slice]:
+    on_cpu = device.type == "cpu"
+    rows = tokens * experts
+    least = max(32, (_LEAST if on_cpu else _LEAST_ON_GPU) // vocab_size)
+    most = max(min(_ROWS, _MOST // vocab_size), least) if on_cpu else rows
+    share = -(-rows // (_SHARE_IN_PLACE if way in ("compiled", "triton") else _SHARE))
+    # Without gradients nothing else is held: as many as the products are fastest with.
+    size = min(max(share, least), most) if differentiated or not on_cpu else most
+    step = -(-tokens // max(1, -(-rows // size)))  # nearly equal: a small rest costs like a chunk
+    if not on_cpu:
+        step = -(-step * experts // _TILE) * _TILE // experts
+    return (slice(start, start + step) for start in range(0, tokens, max(1, step)))
