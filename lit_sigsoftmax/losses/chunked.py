@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, derivative_of
 from lit_sigsoftmax.losses import operator
-from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, losses_and_gradients
+from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, common_ratio, losses_and_gradients
 from lit_sigsoftmax.losses.pointwise import Penalty
 from lit_sigsoftmax.losses.reduction import reduce
 
@@ -42,13 +43,10 @@ def chunked(
     """
     layer = Layer(log_g, ignore_index, Penalty(label_smoothing, z_loss), product_dtype(hidden, weight))
     experts = hidden if log_prior is not None else hidden.unsqueeze(1)
-    if not torch.compiler.is_compiling():
-        loss = _loss(layer, target, experts, weight, bias, log_prior)
-    elif reduction != "none" and derivative_of(log_g) is not None:
-        return operator.reduced_loss(layer, target, experts, weight, bias, log_prior, reduction == "mean")
-    else:
-        loss = torch.compiler.disable(_loss)(layer, target, experts, weight, bias, log_prior)
-    return reduce(loss, target, ignore_index, reduction)
+    loss: Callable[..., Tensor] = _loss
+    if torch.compiler.is_compiling():
+        loss = operator.token_losses if derivative_of(log_g) is not None else torch.compiler.disable(_loss)
+    return reduce(loss(layer, target, experts, weight, bias, log_prior), target, ignore_index, reduction)
 
 
 def _loss(layer: Layer, target: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -82,7 +80,7 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError(FIRST_ONLY)
         target, row_weight, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        ratio = None if gradients is None else _common_ratio(grad, row_weight)
+        ratio = None if gradients is None else common_ratio(grad, row_weight)
         if gradients is None or ratio is None:
             # Rows of unequal weight, or a second backward pass: the sums of the forward pass do not serve.
             _, gradients = losses_and_gradients(ctx.layer, target, tensors, ctx.wanted, grad.where(row_weight > 0, 0.0))
@@ -92,17 +90,6 @@ class _Chunked(torch.autograd.Function):
                     gradient.mul_(ratio)
         found = [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return None, None, None, *found
-
-
-def _common_ratio(grad: Tensor, row_weight: Tensor) -> Tensor | None:
-    """What the rows' weights, shape (N,), are to be multiplied by to become ``grad``; None if that differs."""
-    if len(grad) and grad.stride() == (0,):  # of a mean or sum: one number, for which no GPU has to wait
-        weight = row_weight.amax()
-        return torch.where(weight > 0, grad[0] / weight, 1.0)
-    ratio = (grad / row_weight)[row_weight > 0]
-    if (ratio != ratio[:1]).any():
-        return None
-    return ratio[0] if len(ratio) else ratio.new_ones(())
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

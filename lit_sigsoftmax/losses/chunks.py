@@ -26,7 +26,7 @@ from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
-__all__ = ["FIRST_ONLY", "Layer", "losses_and_gradients", "precision_of"]
+__all__ = ["FIRST_ONLY", "Layer", "common_ratio", "losses_and_gradients", "precision_of"]
 
 FIRST_ONLY = "the chunked loss has first derivatives only, and no torch.func transforms: use backend='reference'"
 
@@ -102,6 +102,25 @@ def losses_and_gradients(
         for tokens in _chunks(len(target), hidden.shape[1], len(weight), sums.way, hidden.device, any(wanted)):
             nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
     return nll.where(counted, 0.0), sums.gradients
+
+
+def common_ratio(grad: Tensor, row_weight: Tensor) -> Tensor | None:
+    """Return what the weights of rows are to be multiplied by to become the gradient of their losses.
+
+    Args:
+        grad: Shape (N,).
+        row_weight: Shape (N,), zero where a target is ignored.
+
+    Returns:
+        A scalar, or None where rows differ.
+    """
+    if len(grad) and grad.stride() == (0,):  # of a mean or sum: one number, for which no GPU has to wait
+        weight = row_weight.amax()
+        return torch.where(weight > 0, grad[0] / weight, 1.0)
+    ratio = (grad / row_weight)[row_weight > 0]
+    if (ratio != ratio[:1]).any():
+        return None
+    return ratio[0] if len(ratio) else ratio.new_ones(())
 
 
 class _Sums:

@@ -1,7 +1,7 @@
-"""The chunked loss as one operator of PyTorch, which ``torch.compile`` keeps in its graph.
+"""The chunked loss as an operator of PyTorch, which ``torch.compile`` keeps in its graph.
 
-It gives the mean or the sum alone: their gradients are one factor away from those made in the forward pass. An operator
-takes no callable, so this is for activations registered with a derivative, which go by their name.
+An operator takes no callable, so this is for activations registered with a derivative, which go by their name. And its
+outputs are new tensors: the gradients made in the forward pass are not scaled in place.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import get_activation, name_of
-from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, losses_and_gradients, precision_of
+from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, common_ratio, losses_and_gradients, precision_of
 from lit_sigsoftmax.losses.pointwise import Penalty
-from lit_sigsoftmax.losses.reduction import reduce
 
-__all__ = ["reduced_loss"]
+__all__ = ["token_losses"]
+
+_LAYER = "str activation, int ignore_index, float label_smoothing, float z_loss, ScalarType dtype"
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? log_prior, Tensor target"
 
 
-def reduced_loss(
-    layer: Layer,
-    target: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_prior: Tensor | None,
-    mean: bool,
+def token_losses(
+    layer: Layer, target: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, log_prior: Tensor | None
 ) -> Tensor:
-    """Return the mean or the sum of the losses, a scalar in nats.
+    """Return the losses in nats, shape (N,).
 
     Args:
         layer: Its activation is registered, with a derivative.
@@ -37,75 +33,88 @@ def reduced_loss(
         weight: Shape (V, d).
         bias: Shape (V,).
         log_prior: Shape (N, K).
-        mean: Whether to divide by the number of targets that count.
     """
     tensors = (hidden, weight, bias, log_prior)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-    penalty = (layer.penalty.label_smoothing, layer.penalty.z_loss)
-    name = str(name_of(layer.log_g))
-    loss, *_ = _operator(*tensors, target, name, layer.ignore_index, *penalty, layer.dtype, mean, wanted)
-    return loss
+    named = (str(name_of(layer.log_g)), layer.ignore_index, *layer.penalty, layer.dtype)
+    nll, *_ = _forward(*tensors, target, wanted, *named)
+    return nll
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_prior: Tensor | None,
-    target: Tensor,
-    activation: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    dtype: torch.dtype,
-    mean: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    layer = Layer(get_activation(activation), ignore_index, Penalty(label_smoothing, z_loss), dtype)
-    tensors = (hidden, weight, bias, log_prior)
+def _run(*inputs: Any) -> tuple[Tensor, ...]:
+    tensors, target, wanted, layer = _parsed(inputs)
     nll, gradients = losses_and_gradients(layer, target, tensors, wanted, layer.row_weight(target))
-    loss = reduce(nll, target, ignore_index, "mean" if mean else "sum")
-    count = (target != ignore_index).sum().clamp(min=1).to(loss.dtype)
-    factor = torch.ones_like(count) if mean == layer.of_mean else count if layer.of_mean else 1 / count
-    return loss, factor, *(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return nll, *_all(gradients, nll)
 
 
-def _fake(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    tensors, dtype, wanted = (hidden, weight, *args[:2]), args[-3], args[-1]
-    precision = precision_of(dtype)
-    kept = (hidden.dtype, precision, precision, precision)
-    gradients = (
-        torch.empty(t.shape, dtype=kind, device=hidden.device) if want and t is not None else hidden.new_empty(0)
-        for t, kind, want in zip(tensors, kept, wanted, strict=True)
-    )
-    return hidden.new_empty((), dtype=precision), hidden.new_empty((), dtype=precision), *gradients
+def _again(grad: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, d_prior: Tensor, *inputs: Any) -> Any:
+    tensors, target, wanted, layer = _parsed(inputs)
+    ready, row_weight = (d_hidden, d_weight, d_bias, d_prior), layer.row_weight(target)
+    ratio = common_ratio(grad, row_weight)
+    if ratio is None:
+        _, gradients = losses_and_gradients(layer, target, tensors, wanted, grad.where(row_weight > 0, 0.0))
+    else:
+        gradients = [gradient * ratio if want else None for gradient, want in zip(ready, wanted, strict=True)]
+    return _all([g if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)], grad)
+
+
+def _parsed(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor, list[bool], Layer]:
+    *tensors, target, wanted, activation, ignore_index, label_smoothing, z_loss, dtype = inputs
+    layer = Layer(get_activation(activation), ignore_index, Penalty(label_smoothing, z_loss), dtype)
+    return tuple(tensors), target, wanted, layer
+
+
+def _all(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An empty tensor stands for None, which an operator does not return."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _fake(*inputs: Any) -> tuple[Tensor, ...]:
+    (hidden, *others), target, wanted, layer = _parsed(inputs)
+    kept = [hidden.dtype, *[precision_of(layer.dtype)] * 3]
+    nll = hidden.new_empty(target.shape, dtype=kept[1])
+    found = [_like(t, kind, want) for t, kind, want in zip((hidden, *others), kept, wanted, strict=True)]
+    return nll, *_all(found, nll)
+
+
+def _fake_again(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    tensors, _, wanted, _ = _parsed(inputs[4:])
+    return _all([_like(t, None, want) for t, want in zip(tensors, wanted, strict=True)], grad)
+
+
+def _like(tensor: Tensor, dtype: torch.dtype | None, wanted: bool) -> Tensor | None:
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device) if wanted else None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.kinds = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
-    ctx.wanted = inputs[-1]
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], *inputs[:5])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.wanted, ctx.rest = inputs[5], inputs[5:]
 
 
-def _backward(ctx: Any, grad: Tensor, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(of is not None for of in of_gradients):
-        raise RuntimeError(FIRST_ONLY)
-    factor, *gradients = ctx.saved_tensors
-    found = [
-        (gradient * (grad * factor)).to(kind) if want else None
-        for gradient, kind, want in zip(gradients, ctx.kinds, ctx.wanted, strict=True)
-    ]
-    return *found, *[None] * 8
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    found = _backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return *(gradient if want else None for gradient, want in zip(found, ctx.wanted, strict=True)), *[None] * 7
 
 
-_operator = torch.library.custom_op(
-    "lit_sigsoftmax::linear_cross_entropy",
-    _forward,
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(FIRST_ONLY)
+
+
+_forward = torch.library.custom_op(
+    "lit_sigsoftmax::token_losses",
+    _run,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? log_prior, Tensor target, str activation, "
-    "int ignore_index, float label_smoothing, float z_loss, ScalarType dtype, bool mean, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_TENSORS}, bool[] wanted, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-_operator.register_fake(_fake)
-_operator.register_autograd(_backward, setup_context=_setup)
+_forward.register_fake(_fake)
+_forward.register_autograd(_differentiate, setup_context=_setup)
+_backward = torch.library.custom_op(
+    "lit_sigsoftmax::token_losses_backward",
+    _again,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_prior, "
+    f"{_TENSORS}, bool[] wanted, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_backward.register_fake(_fake_again)
+_backward.register_autograd(_refuse)
