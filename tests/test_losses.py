@@ -349,6 +349,39 @@ def test_transforms_are_refused():
             transform(lambda w: linear_cross_entropy(hidden, w, target, bias, backend="chunked"))(weight)
 
 
+@pytest.mark.slow
+def test_forward_mode_is_refused_inside_a_compiled_model():
+    (hidden, weight, bias), target = (x if isinstance(x, torch.Tensor) else [y.detach() for y in x] for x in layer())
+
+    def derivative(hidden):
+        def step(hidden):
+            return linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax")
+
+        return torch.func.jvp(step, (hidden,), (torch.ones_like(hidden),))[1]
+
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.compile(derivative, backend="eager")(hidden)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("tokens", [0, 1, 35, 350, 5000])
+@pytest.mark.parametrize("experts", [1, 15])
+@pytest.mark.parametrize("vocab_size", [3, 10_000, 2**26])
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_chunks_are_all_tokens_once(kind, tokens, experts, vocab_size, differentiated):
+    slices = list(chunks._chunks(tokens, experts, vocab_size, "general", torch.device(kind), differentiated))
+    assert [token for part in slices for token in range(tokens)[part]] == list(range(tokens))
+
+
+@every_activation
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_a_mixture_of_few_tokens(name, tokens, way):
+    (hidden, weight, bias, log_prior), target = mixture(torch.float32)
+    hidden, log_prior = (x.detach()[:tokens].requires_grad_() for x in (hidden, log_prior))
+    check([hidden, weight, bias, log_prior], target[:tokens], activation=name)
+
+
 @pytest.mark.parametrize("wrong", [-1, VOCAB])
 @pytest.mark.parametrize("make", [layer, mixture])
 def test_a_target_out_of_bounds_is_an_error(make, wrong, way):

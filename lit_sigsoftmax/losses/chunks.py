@@ -30,7 +30,7 @@ __all__ = ["FIRST_ONLY", "Layer", "common_ratio", "losses_and_gradients", "preci
 
 FIRST_ONLY = "the chunked loss has first derivatives only, and no torch.func transforms: use backend='reference'"
 
-# A chunk has at most this share of all rows, so that with what the passes over it hold it is within an eighth ...
+# A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
 _SHARE, _SHARE_IN_PLACE = 13, 9
 _TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
@@ -49,18 +49,13 @@ class Layer:
     penalty: Penalty
     dtype: torch.dtype  # of the products
 
-    @property
-    def of_mean(self) -> bool:
-        """Whether the mean of the losses is differentiated beforehand, or their sum.
-
-        In half precision a loss scaler would come too late for values that have vanished.
-        """
-        return self.dtype == self.precision
-
     def row_weight(self, target: Tensor) -> Tensor:
-        """Of the losses in what is differentiated beforehand, shape (N,)."""
+        """Of the losses in what is differentiated beforehand, shape (N,): their mean, or in half precision their sum.
+
+        There a loss scaler would come too late for values that have vanished.
+        """
         counted = (target != self.ignore_index).to(self.precision)
-        return counted / counted.sum().clamp(min=1) if self.of_mean else counted
+        return counted / counted.sum().clamp(min=1) if self.dtype == self.precision else counted
 
     @property
     def precision(self) -> torch.dtype:
@@ -143,7 +138,7 @@ class _Sums:
         rows = self.hidden[tokens].reshape(-1, size).to(self.layer.dtype)
         log_prior = None if self.log_prior is None else self.log_prior[tokens].to(self.layer.precision)
         combine = partial(_combine, log_prior, row_weight)
-        of_rows = target.unsqueeze(-1).expand(n, experts).reshape(-1)
+        of_rows = target.unsqueeze(-1).expand(n, experts).reshape(-1).contiguous()  # of one token it is a view
         logits, outcome = self._pointwise(rows, of_rows, experts, combine)
         nll, share = combine(0, outcome.loss)
         of_hidden, of_weight, of_bias, of_prior, *of_held = self.gradients
@@ -234,9 +229,9 @@ def _chunks(
     on_cpu = device.type == "cpu"
     rows = tokens * experts
     least = max(32, (_LEAST if on_cpu else _LEAST_ON_GPU) // vocab_size)
-    most = max(min(_ROWS, _MOST // vocab_size), least) if on_cpu else rows
+    most = max(min(_ROWS, _MOST // vocab_size) if on_cpu else rows, least)
     share = -(-rows // (_SHARE_IN_PLACE if way in ("compiled", "triton") else _SHARE))
-    # Without gradients nothing else is held: as many as the products are fastest with.
+    # Without gradients little else is held: as many as the products are fastest with.
     size = min(max(share, least), most) if differentiated or not on_cpu else most
     step = -(-tokens // max(1, -(-rows // size)))  # nearly equal: a small rest costs like a chunk
     if not on_cpu:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lit_sigsoftmax.activations import get_activation, name_of
 from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, common_ratio, losses_and_gradients, precision_of
@@ -33,8 +34,13 @@ def token_losses(
         weight: Shape (V, d).
         bias: Shape (V,).
         log_prior: Shape (N, K).
+
+    Raises:
+        RuntimeError: A tensor carries a tangent, of forward mode.
     """
     tensors = (hidden, weight, bias, log_prior)
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(FIRST_ONLY)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     named = (str(name_of(layer.log_g)), layer.ignore_index, *layer.penalty, layer.dtype)
     nll, *_ = _forward(*tensors, target, wanted, *named)
@@ -54,7 +60,7 @@ def _again(grad: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, d_p
     if ratio is None:
         _, gradients = losses_and_gradients(layer, target, tensors, wanted, grad.where(row_weight > 0, 0.0))
     else:
-        gradients = [gradient * ratio if want else None for gradient, want in zip(ready, wanted, strict=True)]
+        gradients = [gradient * ratio.view(1) if want else None for gradient, want in zip(ready, wanted, strict=True)]
     return _all([g if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)], grad)
 
 

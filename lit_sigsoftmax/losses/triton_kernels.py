@@ -214,7 +214,8 @@ def combine_kernel(
         top = tl.load(peaks + place, mask=span < spans, other=-float("inf"))
         part = tl.load(totals + place, mask=span < spans, other=0.0)
         larger = tl.maximum(largest, tl.max(top, 0))
-        mass = mass * tl.exp(largest - larger) + tl.sum(part * tl.exp(top - larger[None, :]), 0)
+        shift = tl.where(larger == -float("inf"), 0.0, larger)  # masked entries alone
+        mass = mass * tl.exp(largest - shift) + tl.sum(part * tl.exp(top - shift[None, :]), 0)
         largest = larger
     wanted = tl.load(target + rows)
     loss = (largest - tl.load(score + rows)) + tl.log(mass)
