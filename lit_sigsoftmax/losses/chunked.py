@@ -87,7 +87,7 @@ class _Chunked(torch.autograd.Function):
         elif grad.is_cuda or ratio != 1:  # a GPU would have to wait for the comparison
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(ratio.view(1))  # of one dimension: a scalar would be rounded to half precision
+                    gradient.view(-1).mul_(ratio.view(1))  # a scalar factor would be rounded to half precision
         found = [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return None, None, None, *found
 

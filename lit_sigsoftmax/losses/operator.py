@@ -47,13 +47,15 @@ def token_losses(
     return nll
 
 
-def _run(*inputs: Any) -> tuple[Tensor, ...]:
+def _run_forward(*inputs: Any) -> tuple[Tensor, ...]:
     tensors, target, wanted, layer = _parsed(inputs)
     nll, gradients = losses_and_gradients(layer, target, tensors, wanted, layer.row_weight(target))
     return nll, *_all(gradients, nll)
 
 
-def _again(grad: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, d_prior: Tensor, *inputs: Any) -> Any:
+def _run_backward(
+    grad: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, d_prior: Tensor, *inputs: Any
+) -> Any:
     tensors, target, wanted, layer = _parsed(inputs)
     ready, row_weight = (d_hidden, d_weight, d_bias, d_prior), layer.row_weight(target)
     ratio = common_ratio(grad, row_weight)
@@ -75,7 +77,7 @@ def _all(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _fake(*inputs: Any) -> tuple[Tensor, ...]:
+def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     (hidden, *others), target, wanted, layer = _parsed(inputs)
     kept = [hidden.dtype, *[precision_of(layer.dtype)] * 3]
     nll = hidden.new_empty(target.shape, dtype=kept[1])
@@ -83,7 +85,7 @@ def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     return nll, *_all(found, nll)
 
 
-def _fake_again(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     tensors, _, wanted, _ = _parsed(inputs[4:])
     return _all([_like(t, None, want) for t, want in zip(tensors, wanted, strict=True)], grad)
 
@@ -109,18 +111,18 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 
 _forward = torch.library.custom_op(
     "lit_sigsoftmax::token_losses",
-    _run,
+    _run_forward,
     mutates_args=(),
     schema=f"({_TENSORS}, bool[] wanted, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-_forward.register_fake(_fake)
+_forward.register_fake(_fake_forward)
 _forward.register_autograd(_differentiate, setup_context=_setup)
 _backward = torch.library.custom_op(
     "lit_sigsoftmax::token_losses_backward",
-    _again,
+    _run_backward,
     mutates_args=(),
     schema="(Tensor grad, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_prior, "
     f"{_TENSORS}, bool[] wanted, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-_backward.register_fake(_fake_again)
+_backward.register_fake(_fake_backward)
 _backward.register_autograd(_refuse)
