@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, derivative_of
 from lit_sigsoftmax.losses import operator
-from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, common_ratio, losses_and_gradients
+from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, losses_and_gradients, scaled_gradients
 from lit_sigsoftmax.losses.pointwise import Penalty
 from lit_sigsoftmax.losses.reduction import reduce
 
@@ -80,15 +80,7 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError(FIRST_ONLY)
         target, row_weight, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        ratio = None if gradients is None else common_ratio(grad, row_weight)
-        if gradients is None or ratio is None:
-            # Rows of unequal weight, or a second backward pass: the sums of the forward pass do not serve.
-            _, gradients = losses_and_gradients(ctx.layer, target, tensors, ctx.wanted, grad.where(row_weight > 0, 0.0))
-        elif grad.is_cuda or ratio != 1:  # a GPU would have to wait for the comparison
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.view(-1).mul_(ratio.view(1))  # a scalar factor would be rounded to half precision
-        found = [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+        found = scaled_gradients(ctx.layer, target, tensors, ctx.wanted, row_weight, gradients, grad)
         return None, None, None, *found
 
 

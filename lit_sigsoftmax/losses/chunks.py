@@ -26,7 +26,7 @@ from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
-__all__ = ["FIRST_ONLY", "Layer", "common_ratio", "losses_and_gradients", "precision_of"]
+__all__ = ["FIRST_ONLY", "Layer", "losses_and_gradients", "no_gradients", "scaled_gradients"]
 
 FIRST_ONLY = "the chunked loss has first derivatives only, and no torch.func transforms: use backend='reference'"
 
@@ -60,12 +60,7 @@ class Layer:
     @property
     def precision(self) -> torch.dtype:
         """The dtype of sums and of everything between the products."""
-        return precision_of(self.dtype)
-
-
-def precision_of(dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for half precision, and any other dtype as it is."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
 
 
 def losses_and_gradients(
@@ -99,16 +94,42 @@ def losses_and_gradients(
     return nll.where(counted, 0.0), sums.gradients
 
 
-def common_ratio(grad: Tensor, row_weight: Tensor) -> Tensor | None:
-    """Return what the weights of rows are to be multiplied by to become the gradient of their losses.
+def scaled_gradients(
+    layer: Layer,
+    target: Tensor,
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    row_weight: Tensor,
+    gradients: list[Tensor | None] | None,
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients of the losses weighted by ``grad``, of the tensors' dtypes.
 
     Args:
+        layer: As in :func:`losses_and_gradients`, as are the next three.
+        target: Shape (N,), int64.
+        tensors: What the gradients are of.
+        wanted: For each tensor, whether its gradient is.
+        row_weight: Shape (N,): the weights that ``gradients`` were made with.
+        gradients: What :func:`losses_and_gradients` has made, overwritten; None if that is no more.
         grad: Shape (N,).
-        row_weight: Shape (N,), zero where a target is ignored.
-
-    Returns:
-        A scalar, or None where rows differ.
     """
+    ratio = None if gradients is None else _common_ratio(grad, row_weight)
+    if gradients is None or ratio is None:
+        # Rows of unequal weight, or a second backward pass: the sums of the forward pass do not serve.
+        _, gradients = losses_and_gradients(layer, target, tensors, wanted, grad.where(row_weight > 0, 0.0))
+    elif grad.is_cuda or ratio != 1:  # a GPU would have to wait for the comparison
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.view(-1).mul_(ratio.view(1))  # a scalar factor would be rounded to half precision
+    return [
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+    ]
+
+
+def _common_ratio(grad: Tensor, row_weight: Tensor) -> Tensor | None:
+    """What the rows' weights, shape (N,), are to be multiplied by to become ``grad``; None if that differs."""
     if len(grad) and grad.stride() == (0,):  # of a mean or sum: one number, for which no GPU has to wait
         weight = row_weight.amax()
         return torch.where(weight > 0, grad[0] / weight, 1.0)
@@ -116,6 +137,16 @@ def common_ratio(grad: Tensor, row_weight: Tensor) -> Tensor | None:
     if (ratio != ratio[:1]).any():
         return None
     return ratio[0] if len(ratio) else ratio.new_ones(())
+
+
+def no_gradients(layer: Layer, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Return zeros to add to: hidden's, the first, of its dtype, others of ``layer.precision``; None if not wanted."""
+    return [
+        torch.zeros(tensor.shape, dtype=layer.precision if i else tensor.dtype, device=tensor.device)
+        if want and tensor is not None
+        else None
+        for i, (tensor, want) in enumerate(zip(tensors, wanted, strict=True))
+    ]
 
 
 class _Sums:
@@ -126,20 +157,15 @@ class _Sums:
         self.hidden, weight, bias, self.log_prior, *self.held = tensors
         self.way = _way(layer, weight)
         self.weight, self.bias = weight.to(layer.dtype), None if bias is None else bias.to(layer.dtype)
-        kept = [self.hidden.dtype, *[layer.precision] * (len(tensors) - 1)]
-        self.gradients = [
-            torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if want else None
-            for tensor, dtype, want in zip(tensors, kept, wanted, strict=True)
-        ]
+        self.gradients = no_gradients(layer, tensors, wanted)
 
     def add(self, tokens: slice, target: Tensor, row_weight: Tensor) -> Tensor:
         """Add the gradients of some tokens and return their losses, shape (n,)."""
-        n, experts, size = self.hidden[tokens].shape
+        experts, size = self.hidden.shape[1:]
         rows = self.hidden[tokens].reshape(-1, size).to(self.layer.dtype)
         log_prior = None if self.log_prior is None else self.log_prior[tokens].to(self.layer.precision)
         combine = partial(_combine, log_prior, row_weight)
-        of_rows = target.unsqueeze(-1).expand(n, experts).reshape(-1).contiguous()  # of one token it is a view
-        logits, outcome = self._pointwise(rows, of_rows, experts, combine)
+        logits, outcome = self._pointwise(rows, target.repeat_interleave(experts), experts, combine)
         nll, share = combine(0, outcome.loss)
         of_hidden, of_weight, of_bias, of_prior, *of_held = self.gradients
         if of_prior is not None:

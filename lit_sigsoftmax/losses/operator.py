@@ -1,7 +1,7 @@
 """The chunked loss as an operator of PyTorch, which ``torch.compile`` keeps in its graph.
 
 An operator takes no callable, so this is for activations registered with a derivative, which go by their name. And its
-outputs are new tensors: the gradients made in the forward pass are not scaled in place.
+outputs are new tensors: the gradients made in the forward pass are copied before they are scaled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lit_sigsoftmax.activations import get_activation, name_of
-from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, common_ratio, losses_and_gradients, precision_of
+from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, losses_and_gradients, no_gradients, scaled_gradients
 from lit_sigsoftmax.losses.pointwise import Penalty
 
 __all__ = ["token_losses"]
@@ -55,15 +55,12 @@ def _run_forward(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _run_backward(
     grad: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, d_prior: Tensor, *inputs: Any
-) -> Any:
+) -> tuple[Tensor, ...]:
     tensors, target, wanted, layer = _parsed(inputs)
-    ready, row_weight = (d_hidden, d_weight, d_bias, d_prior), layer.row_weight(target)
-    ratio = common_ratio(grad, row_weight)
-    if ratio is None:
-        _, gradients = losses_and_gradients(layer, target, tensors, wanted, grad.where(row_weight > 0, 0.0))
-    else:
-        gradients = [gradient * ratio.view(1) if want else None for gradient, want in zip(ready, wanted, strict=True)]
-    return _all([g if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)], grad)
+    made = zip((d_hidden, d_weight, d_bias, d_prior), wanted, strict=True)
+    gradients = [gradient.clone() if want else None for gradient, want in made]
+    row_weight = layer.row_weight(target)
+    return _all(scaled_gradients(layer, target, tensors, wanted, row_weight, gradients, grad), grad)
 
 
 def _parsed(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor, list[bool], Layer]:
@@ -78,31 +75,25 @@ def _all(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
-    (hidden, *others), target, wanted, layer = _parsed(inputs)
-    kept = [hidden.dtype, *[precision_of(layer.dtype)] * 3]
-    nll = hidden.new_empty(target.shape, dtype=kept[1])
-    found = [_like(t, kind, want) for t, kind, want in zip((hidden, *others), kept, wanted, strict=True)]
-    return nll, *_all(found, nll)
+    tensors, target, wanted, layer = _parsed(inputs)
+    nll = tensors[0].new_empty(target.shape, dtype=layer.precision)
+    return nll, *_all(no_gradients(layer, tensors, wanted), nll)
 
 
 def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     tensors, _, wanted, _ = _parsed(inputs[4:])
-    return _all([_like(t, None, want) for t, want in zip(tensors, wanted, strict=True)], grad)
-
-
-def _like(tensor: Tensor, dtype: torch.dtype | None, wanted: bool) -> Tensor | None:
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device) if wanted else None
+    return _all([t.new_empty(t.shape) if want else None for t, want in zip(tensors, wanted, strict=True)], grad)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:5])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.wanted, ctx.rest = inputs[5], inputs[5:]
+    ctx.rest = inputs[5:]
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    found = _backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return *(gradient if want else None for gradient, want in zip(found, ctx.wanted, strict=True)), *[None] * 7
+    wanted, found = ctx.rest[0], _backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), *[None] * 7
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
