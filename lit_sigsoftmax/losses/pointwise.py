@@ -61,14 +61,17 @@ def closed_form(logits: Tensor, target: Tensor, log_g: Activation, gradient: boo
         gradient: Whether the logits are differentiated.
 
     Returns:
-        None where a target is so improbable that the closed form, which is not in log space, cannot say how much.
+        None where logits are so far from zero that their exponentials have no digits, or no end, in float32.
     """
-    form = _CLOSED_FORMS[name_of(log_g) or ""]
-    blocks = zip(logits.chunk(2), target.unsqueeze(-1).chunk(2), strict=True)
-    total, of_target, scale = (torch.cat(column) for column in zip(*(form(*b, gradient) for b in blocks), strict=True))
-    if bool((of_target < _TINY).any()):
+    form, derivative, index = _CLOSED_FORMS[name_of(log_g) or ""], derivative_of(log_g), target.unsqueeze(-1)
+    assert derivative is not None
+    of_target = logits.gather(-1, index)
+    total = torch.cat([form.total(block, gradient) for block in logits.chunk(_BLOCKS)])
+    if not bool(((total > _TINY) & (total < torch.inf)).all()):
         return None
-    return Pointwise((total.log() - of_target.log()).squeeze(-1), scale.squeeze(-1))
+    if gradient:
+        logits.scatter_add_(-1, index, -derivative(of_target) * total / form.factor)
+    return Pointwise((total.log() - log_g(of_target)).squeeze(-1), (form.factor / total).squeeze(-1))
 
 
 def general(
@@ -148,52 +151,50 @@ def _block(
     return loss, of_parameters
 
 
-# Closed forms, on a block (n, V) with targets (n, 1). Each leaves the derivatives in place of the logits, up to a
-# factor for each row, and returns the sum of g over the row, g of the target and that factor, shape (n, 1) each. A
-# common factor of the first two does not matter: it cancels in the loss.
-
-_TINY = 1e-30  # g of the target relative to the sum of g: below it float32 soon ends
-_Form = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
+_BLOCKS = 5  # of a chunk's rows: what a pass needs beside the logits is held for one at a time
+_TINY = 1e-30  # a sum of g: below it float32 soon ends
 
 
-def _softmax(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    of_target = torch.softmax(z, -1, out=z).gather(-1, index)
-    one = torch.ones_like(of_target)
-    if gradient:
-        z.scatter_add_(-1, index, -one)
-    return one, of_target, one
+class _Form(NamedTuple):
+    """From a block of logits (n, V) to the sum of g over each row, shape (n, 1).
+
+    The derivatives of g, divided by ``factor``, take the place of the logits.
+    """
+
+    total: Callable[[Tensor, bool], Tensor]
+    factor: float = 1.0
 
 
-def _sigsoftmax(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(z: Tensor, gradient: bool) -> Tensor:
+    return z.exp_().sum(-1, keepdim=True)
+
+
+def _sigsoftmax(z: Tensor, gradient: bool) -> Tensor:
     sigmoid = torch.sigmoid(z)
-    torch.softmax(z, -1, out=z).mul_(sigmoid)
-    total, of_target = z.sum(-1, keepdim=True), z.gather(-1, index)
+    total = z.exp_().mul_(sigmoid).sum(-1, keepdim=True)
     if gradient:  # half of g (2 - sigmoid), in one pass
         torch.addcmul(z, z, sigmoid, value=-0.5, out=z)
-        z.scatter_add_(-1, index, total * (0.5 * sigmoid.gather(-1, index) - 1))
-    return total, of_target, 2 / total
+    return total
 
 
-def _sigmoid(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    slope = z.neg().sigmoid_()
-    z.sigmoid_()
-    total, of_target = z.sum(-1, keepdim=True), z.gather(-1, index)
+def _sigmoid(z: Tensor, gradient: bool) -> Tensor:
+    of_minus = z.neg().sigmoid_()
+    total = z.sigmoid_().sum(-1, keepdim=True)
     if gradient:
-        z.mul_(slope).scatter_add_(-1, index, -total * slope.gather(-1, index))
-    return total, of_target, 1 / total
+        z.mul_(of_minus)
+    return total
 
 
-def _relu(z: Tensor, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    z.relu_()
-    total, of_target = z.sum(-1, keepdim=True) + 1e-8 * z.shape[-1], z.gather(-1, index) + 1e-8
-    if gradient:  # g times its logarithm's derivative is 1 where z is positive
-        z.sign_().scatter_add_(-1, index, -total * z.gather(-1, index) / of_target)
-    return total, of_target, 1 / total
+def _relu(z: Tensor, gradient: bool) -> Tensor:
+    total = z.relu_().sum(-1, keepdim=True) + 1e-8 * z.shape[-1]
+    if gradient:
+        z.sign_()
+    return total
 
 
-_CLOSED_FORMS: dict[str, _Form] = {
-    "softmax": _softmax,
-    "sigsoftmax": _sigsoftmax,
-    "sigmoid": _sigmoid,
-    "relu": _relu,
+_CLOSED_FORMS = {
+    "softmax": _Form(_softmax),
+    "sigsoftmax": _Form(_sigsoftmax, 2.0),
+    "sigmoid": _Form(_sigmoid),
+    "relu": _Form(_relu),
 }
