@@ -10,6 +10,7 @@ import torch
 from fork_helpers import free_port
 from references import FORMULAS, log_probabilities
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -370,7 +371,10 @@ def test_forward_mode_is_refused_inside_a_compiled_model():
 @pytest.mark.parametrize("vocab_size", [3, 10_000, 2**26])
 @pytest.mark.parametrize("differentiated", [True, False])
 def test_chunks_are_all_tokens_once(kind, tokens, experts, vocab_size, differentiated):
-    slices = list(chunks._chunks(tokens, experts, vocab_size, "general", torch.device(kind), differentiated))
+    layer = chunks.Layer(get_activation("softmax"), -100, chunks.Penalty(), torch.float32)
+    with FakeTensorMode():
+        hidden, weight = torch.empty(tokens, experts, 8, device=kind), torch.empty(vocab_size, 8, device=kind)
+    slices = list(chunks._chunks(layer, hidden, weight, "general", differentiated))
     assert [token for part in slices for token in range(tokens)[part]] == list(range(tokens))
 
 

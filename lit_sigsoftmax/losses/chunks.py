@@ -12,6 +12,7 @@ the last factor is :math:`2 - \sigma(z)` (Kanai et al., NeurIPS 2018, equation 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,12 +32,16 @@ __all__ = ["FIRST_ONLY", "Layer", "losses_and_gradients", "no_gradients", "scale
 FIRST_ONLY = "the chunked loss has first derivatives only, and no torch.func transforms: use backend='reference'"
 
 # A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
-_SHARE, _SHARE_IN_PLACE = 13, 9
+_SHARE, _SHARES = 12.5, {"tiles": 8.5, "compiled": 9, "triton": 9, "closed form": 10}
 _TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
 _MOST = 31 * 2**18  # ... nor more logits: a block of 32 MB glibc takes from the system anew each time
 _TYPES = 4096  # of the vocabulary, whose half-precision product is held before it is added
 _LEAST, _LEAST_ON_GPU = 2**18, 2**25  # logits of the smallest chunk
+# ... nor fewer rows on a processor than this part of a hidden vector's size: its products would wait for the weight.
+_OF_SIZE, _OF_SIZE_IN_HALF = 4, 2
+_LANES = 16  # rows of a chunk whose products are compiled too: a multiple, ...
+_TILED_ROWS, _TILED_LOGITS = 96, 2**20  # ... and no more than these: a library is faster with them
 _LEAST_BLOCK_ON_GPU = 2**22  # logits: with fewer it waits for the host
 
 
@@ -87,9 +92,11 @@ def losses_and_gradients(
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False):
+        if any(wanted) and _fits_tiles(layer, tensors):
+            return _by_tiles(layer, target, counted, tensors, wanted, row_weight)
         sums = _Sums(layer, tensors, wanted)
         nll = hidden.new_empty(len(target), dtype=layer.precision)
-        for tokens in _chunks(len(target), hidden.shape[1], len(weight), sums.way, hidden.device, any(wanted)):
+        for tokens in _chunks(layer, hidden, weight, sums.way, any(wanted)):
             nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
     return nll.where(counted, 0.0), sums.gradients
 
@@ -147,6 +154,46 @@ def no_gradients(layer: Layer, tensors: Sequence[Tensor | None], wanted: Sequenc
         else None
         for i, (tensor, want) in enumerate(zip(tensors, wanted, strict=True))
     ]
+
+
+def _fits_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> bool:
+    hidden, weight, _, log_prior, *held = tensors
+    assert hidden is not None
+    assert weight is not None
+    if log_prior is not None or held or any(layer.penalty):
+        return False
+    chunk, (vocab_size, size) = _rows_of_chunk(layer, len(hidden), weight, "tiles"), weight.shape
+    few = chunk <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
+    sums_are_small = 4 * torch.get_num_threads() * size <= vocab_size  # of each thread, beside the logits
+    return few and sums_are_small and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype)
+
+
+def _by_tiles(
+    layer: Layer,
+    target: Tensor,
+    counted: Tensor,
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    row_weight: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    hidden, weight, bias, *_ = tensors
+    assert hidden is not None
+    assert weight is not None
+    rows = hidden.squeeze(1).contiguous()
+    chunks = -(-len(rows) // _rows_of_chunk(layer, len(rows), weight, "tiles"))
+    nll, (of_hidden, *others) = compiled.tiled_losses_and_gradients(
+        rows,
+        weight,
+        None if bias is None else bias.to(layer.dtype).to(layer.precision).contiguous(),
+        target,
+        row_weight.contiguous(),
+        str(name_of(layer.log_g)),
+        rounded=layer.dtype != layer.precision,
+        chunk=-(-len(rows) // max(1, chunks)),
+        wanted=wanted[:3],
+    )
+    of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype).unsqueeze(1)
+    return nll.where(counted, 0.0), [of_hidden, *others, *[None] * (len(tensors) - 3)]
 
 
 class _Sums:
@@ -249,17 +296,31 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
     return nll, torch.where(factor == 0, 0.0, share * factor)  # an ignored token's own loss may be infinite
 
 
-def _chunks(
-    tokens: int, experts: int, vocab_size: int, way: str, device: torch.device, differentiated: bool
-) -> Iterator[slice]:
-    on_cpu = device.type == "cpu"
+def _chunks(layer: Layer, hidden: Tensor, weight: Tensor, way: str, differentiated: bool) -> Iterator[slice]:
+    tokens, experts, _ = hidden.shape
     rows = tokens * experts
-    least = max(32, (_LEAST if on_cpu else _LEAST_ON_GPU) // vocab_size)
-    most = max(min(_ROWS, _MOST // vocab_size) if on_cpu else rows, least)
-    share = -(-rows // (_SHARE_IN_PLACE if way in ("compiled", "triton") else _SHARE))
     # Without gradients little else is held: as many as the products are fastest with.
-    size = min(max(share, least), most) if differentiated or not on_cpu else most
+    alone = not (weight.is_cuda or differentiated)
+    size = _most(layer, rows, weight) if alone else _rows_of_chunk(layer, rows, weight, way)
     step = -(-tokens // max(1, -(-rows // size)))  # nearly equal: a small rest costs like a chunk
-    if not on_cpu:
+    if weight.is_cuda:
         step = -(-step * experts // _TILE) * _TILE // experts
     return (slice(start, start + step) for start in range(0, tokens, max(1, step)))
+
+
+def _rows_of_chunk(layer: Layer, rows: int, weight: Tensor, way: str) -> int:
+    share = math.ceil(rows / _SHARES.get(way, _SHARE))
+    size = min(max(share, _least(layer, weight)), _most(layer, rows, weight))
+    return size // _LANES * _LANES if way == "tiles" else size
+
+
+def _least(layer: Layer, weight: Tensor) -> int:
+    vocab_size, size = weight.shape
+    if weight.is_cuda:
+        return max(32, _LEAST_ON_GPU // vocab_size)
+    of_size = size // (_OF_SIZE if layer.dtype == layer.precision else _OF_SIZE_IN_HALF)
+    return max(32, _LEAST // vocab_size, min(of_size, _MOST // vocab_size))
+
+
+def _most(layer: Layer, rows: int, weight: Tensor) -> int:
+    return max(rows if weight.is_cuda else min(_ROWS, _MOST // len(weight)), _least(layer, weight))

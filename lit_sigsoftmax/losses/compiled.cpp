@@ -1,96 +1,10 @@
 // The elementwise part of the loss in one pass over each row: logits in, loss and gradient out (see compiled.py).
-//
-// Plain loops that the compiler vectorises for the machine it runs on: no intrinsics, no PyTorch headers.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "activations.h"
 
 namespace {
 
-constexpr float kNegligible = 64;  // e^-64 is 1e-28: what is further below the peak weighs nothing in float32
-constexpr int64_t kBlock = 1024;   // sums are float32 within a block, so that they vectorise, and float64 across
-
-// e^x for x <= 64 within 1.5 units in the last place, 0 for x < -64. x = n ln 2 + r, then a minimax polynomial in r.
-inline float exp_or_zero(float x) {
-    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
-    const float shifted = x * 1.44269504f + shifter;
-    const float n = shifted - shifter;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.38145406e-3f;
-    p = p * r + 8.36874545e-3f;
-    p = p * r + 4.16683890e-2f;
-    p = p * r + 1.66665211e-1f;
-    p = p * r + 4.99999940e-1f;
-    p = p * (r * r) + r + 1.0f;
-    uint32_t exponent, bits;
-    std::memcpy(&exponent, &shifted, sizeof bits);
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += exponent << 23;
-    std::memcpy(&p, &bits, sizeof bits);
-    return x < -kNegligible ? 0.0f : p;
-}
-
-inline float exp_clamped(float x) { return std::exp(std::clamp(x, -kNegligible, kNegligible)); }
-
-// g(z) and g'(z), both divided by g(peak), where peak is the row's largest logit and g does not decrease.
-struct Relative {
-    float value, derivative;
-};
-
-// An output activation: at(z) for every logit, and log g and its derivative, exact, for the one that is the target.
-
-struct Softmax {  // g = e^z
-    float peak;
-    explicit Softmax(float peak) : peak(peak) {}
-    Relative at(float z) const {
-        const float g = exp_or_zero(z - peak);
-        return {g, g};
-    }
-    static double log_g(double z) { return z; }
-    static double slope(double) { return 1; }
-};
-
-// log of 1 / (1 + e^-z), and e^-z / (1 + e^-z)
-inline double log_sigmoid(double z) { return std::min(z, 0.0) - std::log1p(std::exp(-std::fabs(z))); }
-inline double sigmoid_of_minus(double z) { return std::exp(log_sigmoid(-z)); }
-
-struct Sigsoftmax {  // g = e^z sigmoid(z). One exponential: sigmoid(z) = e^(z - peak) / (e^(z - peak) + e^-peak)
-    float peak, base;
-    explicit Sigsoftmax(float peak) : peak(peak), base(exp_clamped(-peak)) {}
-    Relative at(float z) const {
-        const float e = exp_or_zero(z - peak);
-        const float reciprocal = 1.0f / (e + base);
-        const float g = e * (e * reciprocal * (1.0f + base));
-        return {g, g + g * (base * reciprocal)};
-    }
-    static double log_g(double z) { return z + log_sigmoid(z); }
-    static double slope(double z) { return 1 + sigmoid_of_minus(z); }
-};
-
-struct Sigmoid {  // g = sigmoid(z), like above but relative to a shift: g is flat above 0
-    float shift, base, scale;
-    explicit Sigmoid(float peak)
-        : shift(std::min(peak, 0.0f)), base(exp_clamped(-shift)), scale(1.0f + base * exp_clamped(shift - peak)) {}
-    Relative at(float z) const {
-        const float e = exp_or_zero(std::min(z - shift, kNegligible));
-        const float reciprocal = 1.0f / (e + base);
-        const float g = e * reciprocal * scale;
-        return {g, g * (base * reciprocal)};
-    }
-    static double log_g(double z) { return log_sigmoid(z); }
-    static double slope(double z) { return sigmoid_of_minus(z); }
-};
-
-struct Relu {  // g = max(z, 0) + 1e-8
-    static constexpr float floor = 1e-8f;
-    float scale;
-    explicit Relu(float peak) : scale(1.0f / (std::max(peak, 0.0f) + floor)) {}
-    Relative at(float z) const { return {((z <= 0 ? 0.0f : z) + floor) * scale, z > 0 ? scale : 0.0f}; }
-    static double log_g(double z) { return std::log(std::max(z, 0.0) + floor); }
-    static double slope(double z) { return z > 0 ? 1 / (z + floor) : 0; }
-};
+constexpr int64_t kBlock = 1024;  // sums are float32 within a block, so that they vectorise, and float64 across
 
 float largest(const float* row, int64_t columns) {
     float peak = row[0];
@@ -155,7 +69,4 @@ void score_rows(float* logits, const int64_t* target, float* nll, int64_t rows, 
         score_rows<Activation>(logits, target, nll, rows, columns, differentiate != 0, threads);                   \
     }
 
-SERVE(softmax, Softmax)
-SERVE(sigsoftmax, Sigsoftmax)
-SERVE(sigmoid, Sigmoid)
-SERVE(relu, Relu)
+FOR_EACH_ACTIVATION(SERVE)

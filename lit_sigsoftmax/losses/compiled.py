@@ -1,9 +1,10 @@
-"""The elementwise part of the loss in one compiled pass on the CPU: an optional fast path, off without a C++ compiler.
+"""A chunk's losses and derivatives compiled for this CPU: an optional fast path, off without a C++ compiler.
 
 A backend that works in chunks of rows has their logits in the cache and needs loss and gradient. In PyTorch, each step
-of the formula is one more pass over the chunk; ``compiled.cpp`` does them all while a row is in the cache. It is
-compiled for this machine when first used (a second or two) and kept in the cache folder. Without a compiler, or with
-``LIT_SIGSOFTMAX_COMPILE=0``, nothing is served and the caller does it in PyTorch.
+of the formula is one more pass over the chunk; ``compiled.cpp`` does them all while a row is in the cache. Where rows
+are few, ``tiles.cpp`` does the matrix products too. They are compiled for this machine when first used (some seconds)
+and kept in the cache folder. Without a compiler, or with ``LIT_SIGSOFTMAX_COMPILE=0``, nothing is served and the caller
+does it in PyTorch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,11 +26,18 @@ from torch import Tensor
 from lit_sigsoftmax.losses.reduction import check_targets
 from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
-__all__ = ["COMPILE_VARIABLE", "available", "score_and_differentiate", "serves"]
+__all__ = [
+    "COMPILE_VARIABLE",
+    "available",
+    "score_and_differentiate",
+    "serves",
+    "serves_tiles",
+    "tiled_losses_and_gradients",
+]
 
 COMPILE_VARIABLE = "LIT_SIGSOFTMAX_COMPILE"
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("compiled.cpp", "tiles.cpp", "activations.h")]
 # Not -ffast-math: it drops infinities, and its startup code would flush denormals in the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
@@ -81,13 +90,77 @@ def score_and_differentiate(logits: Tensor, target: Tensor, activation: str, dif
     check_targets(target, columns)
     nll = logits.new_empty(rows)
     getattr(_library(), f"rows_{activation}")(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, target, nll)),
+        *map(_pointer, (logits, target, nll)),
         ctypes.c_int64(rows),
         ctypes.c_int64(columns),
         ctypes.c_int(differentiate),
         ctypes.c_int(torch.get_num_threads()),
     )
     return nll
+
+
+def serves_tiles(activation: str | None, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`tiled_losses_and_gradients` takes this activation, these tensors, and products of this dtype."""
+    return (
+        serves(activation)
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and {hidden.dtype, weight.dtype, dtype} <= {torch.float32, torch.bfloat16}
+        and bool(_library().tiles_take(ctypes.c_int64(weight.shape[1])))  # type: ignore[union-attr]
+    )
+
+
+def tiled_losses_and_gradients(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    activation: str,
+    *,
+    rounded: bool,
+    chunk: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the losses, and the gradients of their weighted sum, by tiles of the vocabulary.
+
+    Sums are float32, and with ``rounded`` nothing is rounded but the factors of the logits. Uses as many threads as
+    PyTorch.
+
+    Args:
+        rows: Hidden vectors, shape (n, d), float32 or bfloat16, contiguous.
+        weight: Shape (V, d), one that :func:`serves_tiles` accepts.
+        bias: Shape (V,), float32, contiguous, or None.
+        target: Shape (n,), int64, contiguous, each below V, which is not checked.
+        row_weight: Shape (n,), float32, contiguous.
+        activation: The registered name.
+        rounded: Whether rows and weight are to be rounded to bfloat16.
+        chunk: Rows whose logits are held at a time.
+        wanted: Whether the gradients of rows, weight and bias are.
+
+    Returns:
+        Nats, shape (n,), float32, and gradients, float32; None where not wanted.
+    """
+    nll = row_weight.new_empty(len(rows))
+    made = zip((rows, weight, bias), wanted, strict=True)
+    gradients = [torch.empty_like(t, dtype=torch.float32) if want and t is not None else None for t, want in made]
+    if not len(rows):
+        return nll, [None if gradient is None else gradient.zero_() for gradient in gradients]
+    getattr(_library(), f"tiles_{activation}")(
+        _pointer(rows),
+        ctypes.c_int(rows.dtype == torch.bfloat16),
+        _pointer(weight),
+        ctypes.c_int(weight.dtype == torch.bfloat16),
+        ctypes.c_int(rounded),
+        *map(_pointer, (bias, target, row_weight, nll, *gradients)),
+        *map(ctypes.c_int64, (*rows.shape, len(weight), chunk)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return nll, gradients
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 @cache
@@ -111,12 +184,14 @@ def _compiled(compiler: str) -> Path:
     """Compile for this machine, unless that is in the cache, and return the library's path."""
     # What the compiler predefines names its version and every extension of the processor: a home folder may be shared.
     machine = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    digest = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), machine])).hexdigest()
-    path = _private(cache_dir() / "compiled") / f"{_SOURCE.stem}-{digest[:16]}.so"
+    sources = [source.read_bytes() for source in _SOURCES]
+    digest = hashlib.sha256(b"\0".join([*sources, " ".join(_FLAGS).encode(), machine])).hexdigest()
+    path = _private(cache_dir() / "compiled") / f"loss-{digest[:16]}.so"
     with exclusive(path):
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                _run(compiler, *_FLAGS, "-shared", str(_SOURCE), "-o", f"{folder}/library.so")
+                units = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
+                _run(compiler, *_FLAGS, "-shared", *units, "-o", f"{folder}/library.so")
                 with atomic_write(path) as file:
                     file.write(Path(folder, "library.so").read_bytes())
     return path
