@@ -2,6 +2,7 @@
 
     python benchmarks/training.py
     python benchmarks/training.py --recipes penn_treebank/lstm.yaml penn_treebank/transformer.yaml --root FOLDER
+    python benchmarks/training.py --repeats 0 --blocks 40
 
 Each round runs so many steps of the recipe, from the same weights, in each of these ways, in changing order:
 
@@ -12,7 +13,9 @@ Each round runs so many steps of the recipe, from the same weights, in each of t
 - fit: what ``lit-sigsoftmax fit`` does, with a progress bar too (which draws in a terminal only).
 
 Evaluation has the first two and ``validate``. The time of the loops is also given by part; what logging and progress
-bar cost is "logger" and "fit" against "trainer".
+bar cost is "logger" and "fit" against "trainer". Where the machine's speed changes by more than that from one way to
+the next, ``--blocks`` tells: a single ``fit`` whose logger and bar are switched off for every other block of steps. A
+block with them ends when the store has everything.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from measure import in_order, machine, quartiles, ratios, table
 from torch import Tensor
@@ -41,6 +44,7 @@ from torch.nn import functional as F
 
 from lit_sigsoftmax import LanguageModel
 from lit_sigsoftmax.data.streams import IGNORE_INDEX, Segments
+from lit_sigsoftmax.tracking import tracker_of
 from lit_sigsoftmax.training import LanguageModelCLI, recipe_path, silence_noise
 
 _WARM_UP = 5  # steps that do not count
@@ -63,6 +67,40 @@ class Clock(Callback):
     def on_validation_batch_end(self, *args: Any) -> None:
         """Take the time."""
         self.times.append(time.perf_counter())
+
+
+class Switch(Callback):
+    """Takes the time of blocks of steps with the trainer's logger and progress bar, and of blocks without.
+
+    Args:
+        steps: Steps of a block.
+
+    Attributes:
+        seconds: Of each block with (``True``) and without: the one is the neighbour of the other.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._steps, self._left, self._on, self._start = steps, _WARM_UP, True, 0.0
+        self._loggers: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """End a block, and begin the next."""
+        self._left -= 1
+        if self._left:
+            return
+        if self._on and (tracker := tracker_of(trainer)):
+            tracker.flush()
+        if self._loggers:  # it is not the end of warming up
+            self.seconds[self._on].append(time.perf_counter() - self._start)
+        else:
+            self._loggers = trainer.loggers
+        blocks = sum(map(len, self.seconds.values()))
+        self._on, self._left = blocks % 4 in (0, 3), self._steps  # with, without, without, with
+        trainer.loggers = self._loggers if self._on else []
+        if bar := trainer.progress_bar_callback:
+            (bar.enable if self._on else bar.disable)()
+        self._start = time.perf_counter()
 
 
 class Parts:
@@ -94,9 +132,12 @@ def main() -> None:
         words = [f"--config={recipe_path(recipe)}", f"--model.activation={options.activation}"]
         words += ["--trainer.accelerator=cpu", *([f"--data.root={options.root}"] if options.root else [])]
         with _store():
-            result = _measure([*words, *(f"--{key}" for key in options.set)], options.steps, options.repeats)
+            words += [f"--{key}" for key in options.set]
+            result = _measure(words, options.steps, options.repeats)
+            result["blocks"] = _blocks(words, options.steps, options.blocks)
         results.append({"recipe": recipe, "activation": options.activation, **result})
-        print(f"\n### {recipe}, {options.activation}\n\n{_table(result)}", flush=True)
+        print(f"\n### {recipe}, {options.activation}", flush=True)
+        print(*(f"\n{text}" for text in (_table(result), _blocks_said(result)) if text), sep="\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "results": results}, indent=1))
 
@@ -108,7 +149,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--activation", default="sigsoftmax")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe's keys")
     parser.add_argument("--steps", type=int, default=100, help="steps of each way in each round")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; 0 for none")
+    parser.add_argument("--blocks", type=int, default=0, help="pairs of blocks, with logger and bar and without")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="where every measurement is written")
     return parser.parse_args()
@@ -120,6 +162,30 @@ def _store() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         yield
+
+
+def _blocks(words: list[str], steps: int, pairs: int) -> dict[str, list[float]]:
+    switch = Switch(steps)
+    if pairs:
+        limits = [f"--trainer.max_steps={_WARM_UP + 2 * pairs * steps}", "--trainer.limit_val_batches=0"]
+        cli = _build(words, *limits, "--trainer.max_epochs=-1", "--trainer.enable_model_summary=false", callback=switch)
+        with redirect_stdout(sys.stderr):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return {"with": switch.seconds[True], "without": switch.seconds[False]}
+
+
+def _blocks_said(result: dict[str, Any]) -> str:
+    pairs = list(zip(result["blocks"]["with"], result["blocks"]["without"], strict=True))
+    if not pairs:
+        return ""
+    logs = torch.tensor([on / off for on, off in pairs], dtype=torch.float64).log()
+    error = logs.std() / len(logs) ** 0.5
+    mean, low, high = (float((logs.mean() + k * error).exp()) for k in (0, -2, 2))
+    found = f"{quartiles([on / off for on, off in pairs]):.3f}"
+    return (
+        f"Logger and bar, {len(pairs)} pairs of blocks of {result['steps']} steps: {found} of the time without;"
+        f" geometric mean {mean:.3f}, {low:.3f} to {high:.3f} (two standard errors)."
+    )
 
 
 def _measure(words: list[str], steps: int, repeats: int) -> dict[str, Any]:
@@ -141,9 +207,9 @@ def _measure(words: list[str], steps: int, repeats: int) -> dict[str, Any]:
     return {"steps": steps, "tokens": tokens, "seconds": seconds}
 
 
-def _build(words: Sequence[str], *more: str, clock: Clock | None = None) -> LanguageModelCLI:
+def _build(words: Sequence[str], *more: str, callback: Callback | None = None) -> LanguageModelCLI:
     """The recipe's objects, anew: the same weights each time, and a trainer that has not run."""
-    return LanguageModelCLI([*words, *more], [clock] if clock else [], run=False)
+    return LanguageModelCLI([*words, *more], [callback] if callback else [], run=False)
 
 
 def _counted(loader: Segments, steps: int) -> int:
@@ -161,7 +227,7 @@ def _trainer(words: list[str], steps: int, training: bool) -> _Seconds:
     split, other = ("train", "val") if training else ("val", "train")
     limits = [f"--trainer.limit_{split}_batches={_WARM_UP + steps}", f"--trainer.limit_{other}_batches=0"]
     clock = Clock()
-    cli = _build(words, *limits, "--trainer.max_epochs=1", "--trainer.enable_model_summary=false", clock=clock)
+    cli = _build(words, *limits, "--trainer.max_epochs=1", "--trainer.enable_model_summary=false", callback=clock)
     with redirect_stdout(sys.stderr):  # the table is alone on stdout
         (cli.trainer.fit if training else cli.trainer.validate)(cli.model, datamodule=cli.datamodule)
     return {"all": clock.times[-1] - clock.times[_WARM_UP - 1]}
@@ -218,6 +284,8 @@ def _plain(model: LanguageModel, hidden: Tensor, target: Tensor) -> Tensor:
 
 
 def _table(result: dict[str, Any]) -> str:
+    if not any(result["seconds"].values()):
+        return ""
     totals = {name: [sum(parts.values()) for parts in rounds] for name, rounds in result["seconds"].items()}
     rows = []
     for name, rounds in result["seconds"].items():

@@ -138,7 +138,7 @@ def test_a_process_that_dies_is_said(scripts):
 
 @pytest.mark.slow
 def test_training_times_every_way_by_part(tmp_path):
-    small = ("--recipes", "synthetic/lstm.yaml", "--steps=3", "--repeats=1", "--set", *SMALL_RECIPE)
+    small = ("--recipes", "synthetic/lstm.yaml", "--steps=3", "--repeats=1", "--blocks=3", "--set", *SMALL_RECIPE)
     output, (result,) = run_benchmark("training.py", *small, cwd=tmp_path)
     assert result["recipe"] == "synthetic/lstm.yaml"
     assert result["tokens"] == {"train": 3 * 35 * 20, "evaluate": 3 * 35 * 2}
@@ -150,6 +150,8 @@ def test_training_times_every_way_by_part(tmp_path):
         assert list(parts) == expected
         rate = result["tokens"][name.split(":")[0]] / sum(parts.values())
         assert rows(output)[name][0] == f"{rate:,.0f}"
+    assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in result["blocks"].values())
+    assert "3 pairs of blocks of 3 steps" in output
     assert not (tmp_path / "mlruns").exists()
 
 

@@ -172,7 +172,7 @@ struct Gradients {
     float *rows, *weight, *bias;
 };
 
-// What is used again for each chunk.
+// What is used again for each chunk; its width is the rows, padded.
 struct Buffers {
     Aligned logits;  // (V, width), then their derivatives
     Aligned rows;    // packed: transposed (size, width), then scaled (count, padded size)
