@@ -82,7 +82,7 @@ class Switch(Callback):
     def __init__(self, steps: int) -> None:
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self._steps, self._left, self._on, self._start = steps, _WARM_UP, True, 0.0
-        self._loggers: list[Any] = []
+        self._loggers: list[Any] | None = None
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """End a block, and begin the next."""
@@ -91,10 +91,10 @@ class Switch(Callback):
             return
         if self._on and (tracker := tracker_of(trainer)):
             tracker.flush()
-        if self._loggers:  # it is not the end of warming up
-            self.seconds[self._on].append(time.perf_counter() - self._start)
-        else:
+        if self._loggers is None:  # the end of warming up
             self._loggers = trainer.loggers
+        else:
+            self.seconds[self._on].append(time.perf_counter() - self._start)
         blocks = sum(map(len, self.seconds.values()))
         self._on, self._left = blocks % 4 in (0, 3), self._steps  # with, without, without, with
         trainer.loggers = self._loggers if self._on else []
@@ -179,7 +179,7 @@ def _blocks_said(result: dict[str, Any]) -> str:
     if not pairs:
         return ""
     logs = torch.tensor([on / off for on, off in pairs], dtype=torch.float64).log()
-    error = logs.std() / len(logs) ** 0.5
+    error = logs.std() / len(logs) ** 0.5 if len(logs) > 1 else torch.inf
     mean, low, high = (float((logs.mean() + k * error).exp()) for k in (0, -2, 2))
     found = f"{quartiles([on / off for on, off in pairs]):.3f}"
     return (

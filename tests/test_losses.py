@@ -179,6 +179,24 @@ def test_extreme_logits(name, level, way):
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["softmax", "sigsoftmax", "sigmoid"])
+@pytest.mark.parametrize("level", [-90.0, -40.0, -33.0, 40.0, 66.0, 80.0, 88.4])
+def test_logits_near_the_end_of_exponentials(name, level, way):
+    """Their gradients keep their digits, also with the small weights of rows that a mean gives."""
+    logits = level + torch.tensor([[0.0, -15.0, -1.0], [-2.0, 0.3, -1.0], [-3.0, -50.0, 0.0]]).repeat(1000, 1)
+    target = torch.tensor([0, 2, 1]).repeat(1000)
+    found = []
+    for dtype, backend in ((torch.float32, "chunked"), (torch.float64, "reference")):
+        hidden, weight = logits.to(dtype).requires_grad_(), torch.eye(3, dtype=dtype, requires_grad=True)
+        loss = linear_cross_entropy(hidden, weight, target, activation=name, backend=backend)
+        each = linear_cross_entropy(hidden, weight, target, activation=name, backend=backend, reduction="none")
+        found.append((each.detach().double(), *(g.double() for g in torch.autograd.grad(loss, (hidden, weight)))))
+    (loss, of_hidden, of_weight), (expected, exact_hidden, exact_weight) = found
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(1e3 * of_hidden, 1e3 * exact_hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_weight, exact_weight, rtol=1e-5, atol=2e-5 * float(exact_weight.abs().max()))
+
+
 @every_activation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [layer, mixture])

@@ -168,11 +168,10 @@ def test_rounding_is_torchs():
     hidden = torch.zeros(16, 96)
     hidden[:, 0] = 1.0
     target = torch.arange(16) % len(numbers)
-    ones = [torch.ones(16), torch.ones(16)]
-    kwargs = {"activation": "softmax", "chunk": 16, "wanted": [True, True, False]}
-    nll, (of_hidden, _, _) = tiled_losses_and_gradients(hidden, weight, None, target, ones[0], rounded=True, **kwargs)
+    kwargs = {"row_weight": torch.ones(16), "activation": "softmax", "chunk": 16, "wanted": [True, True, False]}
+    nll, (of_hidden, _, _) = tiled_losses_and_gradients(hidden, weight, None, target, rounded=True, **kwargs)
     as_torch, (expected, _, _) = tiled_losses_and_gradients(
-        hidden, weight.bfloat16(), None, target, ones[1], rounded=False, **kwargs
+        hidden, weight.bfloat16(), None, target, rounded=False, **kwargs
     )
     assert torch.equal(nll, as_torch)
     assert torch.equal(of_hidden, expected)
@@ -213,6 +212,7 @@ def test_any_strides(calls):
         ("sigsoftmax", torch.zeros(1, 96).double(), torch.zeros(5, 96), torch.float64, False),
         ("sigsoftmax", torch.zeros(1, 96), torch.zeros(96, 5).t(), torch.float32, False),
         ("sigsoftmax", torch.zeros(1, 5), torch.zeros(5, 5), torch.float32, False),
+        ("sigsoftmax", torch.zeros(1, 0), torch.zeros(5, 0), torch.float32, False),
         (None, torch.zeros(1, 96), torch.zeros(5, 96), torch.float32, False),
     ],
 )
@@ -236,6 +236,17 @@ def test_when_tiles_are_taken(n, size, vocab_size, threads, tiled, monkeypatch):
     layer = chunks.Layer(get_activation("sigsoftmax"), -100, chunks.Penalty(), torch.float32)
     hidden, weight = torch.empty(n, 1, size), torch.empty(vocab_size, size)
     assert chunks._fits_tiles(layer, [hidden, weight, None, None]) == tiled
+
+
+@pytest.mark.parametrize("n", [700, 760, 816])
+@pytest.mark.parametrize(("size", "vocab_size", "threads"), [(200, 10_000, 2), (200, 10_000, 8), (256, 8_192, 4)])
+def test_a_chunk_holds_an_eighth_of_the_logits(n, size, vocab_size, threads, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = chunks.Layer(get_activation("sigsoftmax"), -100, chunks.Penalty(), torch.float32)
+    rows = chunks._rows_of_chunk(layer, n, torch.empty(vocab_size, size), "tiles")
+    held = rows * (vocab_size + size + threads * size)  # logits, rows, and each thread's gradient of them
+    assert held <= n * vocab_size / 8
 
 
 def test_penalties_and_mixtures_go_another_way(calls):

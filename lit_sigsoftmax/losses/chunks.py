@@ -32,7 +32,7 @@ __all__ = ["FIRST_ONLY", "Layer", "losses_and_gradients", "no_gradients", "scale
 FIRST_ONLY = "the chunked loss has first derivatives only, and no torch.func transforms: use backend='reference'"
 
 # A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
-_SHARE, _SHARES = 12.5, {"tiles": 8.5, "compiled": 9, "triton": 9, "closed form": 10}
+_SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "general": 12.5}
 _TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
 _MOST = 31 * 2**18  # ... nor more logits: a block of 32 MB glibc takes from the system anew each time
@@ -88,7 +88,7 @@ def losses_and_gradients(
     assert hidden is not None
     assert weight is not None
     counted = target != layer.ignore_index
-    if target.device.type == "cpu":  # a GPU would have to wait
+    if _on_cpu(target):  # a GPU would have to wait
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -160,7 +160,7 @@ def _fits_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> bool:
     hidden, weight, _, log_prior, *held = tensors
     assert hidden is not None
     assert weight is not None
-    if log_prior is not None or held or any(layer.penalty):
+    if log_prior is not None or held or any(layer.penalty) or not _on_cpu(weight):
         return False
     chunk, (vocab_size, size) = _rows_of_chunk(layer, len(hidden), weight, "tiles"), weight.shape
     few = chunk <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
@@ -180,7 +180,6 @@ def _by_tiles(
     assert hidden is not None
     assert weight is not None
     rows = hidden.squeeze(1).contiguous()
-    chunks = -(-len(rows) // _rows_of_chunk(layer, len(rows), weight, "tiles"))
     nll, (of_hidden, *others) = compiled.tiled_losses_and_gradients(
         rows,
         weight,
@@ -189,7 +188,7 @@ def _by_tiles(
         row_weight.contiguous(),
         str(name_of(layer.log_g)),
         rounded=layer.dtype != layer.precision,
-        chunk=-(-len(rows) // max(1, chunks)),
+        chunk=_rows_of_chunk(layer, len(rows), weight, "tiles"),
         wanted=wanted[:3],
     )
     of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype).unsqueeze(1)
@@ -252,6 +251,7 @@ class _Sums:
         if self.way == "closed form":
             if outcome := closed_form(logits, target, layer.log_g, gradient):
                 return logits, outcome
+            self.way = "general"  # and so it will be for the next chunks
             logits = linear(rows, self.weight, self.bias).to(layer.precision)
         outcome = general(
             logits,
@@ -276,7 +276,7 @@ def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed 
     name = name_of(layer.log_g)
     if any(layer.penalty):
         return "general"
-    if weight.device.type != "cpu":
+    if not _on_cpu(weight):
         by_triton = layer.precision == torch.float32 and triton_backend.serves(weight, layer.log_g)
         return "triton" if by_triton else "general"
     if layer.precision == torch.float32 and compiled.serves(name):
@@ -298,29 +298,35 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
 
 def _chunks(layer: Layer, hidden: Tensor, weight: Tensor, way: str, differentiated: bool) -> Iterator[slice]:
     tokens, experts, _ = hidden.shape
-    rows = tokens * experts
+    rows, on_cpu = tokens * experts, _on_cpu(weight)
     # Without gradients little else is held: as many as the products are fastest with.
-    alone = not (weight.is_cuda or differentiated)
+    alone = on_cpu and not differentiated
     size = _most(layer, rows, weight) if alone else _rows_of_chunk(layer, rows, weight, way)
     step = -(-tokens // max(1, -(-rows // size)))  # nearly equal: a small rest costs like a chunk
-    if weight.is_cuda:
+    if not on_cpu:
         step = -(-step * experts // _TILE) * _TILE // experts
     return (slice(start, start + step) for start in range(0, tokens, max(1, step)))
 
 
 def _rows_of_chunk(layer: Layer, rows: int, weight: Tensor, way: str) -> int:
-    share = math.ceil(rows / _SHARES.get(way, _SHARE))
-    size = min(max(share, _least(layer, weight)), _most(layer, rows, weight))
+    share = _SHARES[way]
+    if way == "tiles":  # beside its logits a chunk holds its rows, and each thread a gradient of them
+        share *= 1 + (1 + torch.get_num_threads()) * weight.shape[1] / len(weight)
+    size = min(max(math.ceil(rows / share), _least(layer, weight)), _most(layer, rows, weight))
     return size // _LANES * _LANES if way == "tiles" else size
 
 
 def _least(layer: Layer, weight: Tensor) -> int:
     vocab_size, size = weight.shape
-    if weight.is_cuda:
+    if not _on_cpu(weight):
         return max(32, _LEAST_ON_GPU // vocab_size)
     of_size = size // (_OF_SIZE if layer.dtype == layer.precision else _OF_SIZE_IN_HALF)
     return max(32, _LEAST // vocab_size, min(of_size, _MOST // vocab_size))
 
 
 def _most(layer: Layer, rows: int, weight: Tensor) -> int:
-    return max(rows if weight.is_cuda else min(_ROWS, _MOST // len(weight)), _least(layer, weight))
+    return max(min(_ROWS, _MOST // len(weight)) if _on_cpu(weight) else rows, _least(layer, weight))
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -61,17 +61,19 @@ def closed_form(logits: Tensor, target: Tensor, log_g: Activation, gradient: boo
         gradient: Whether the logits are differentiated.
 
     Returns:
-        None where logits are so far from zero that their exponentials have no digits, or no end, in float32.
+        None where logits are so far from zero that their exponentials come near the end of the numbers.
     """
     form, derivative, index = _CLOSED_FORMS[name_of(log_g) or ""], derivative_of(log_g), target.unsqueeze(-1)
     assert derivative is not None
     of_target = logits.gather(-1, index)
     total = torch.cat([form.total(block, gradient) for block in logits.chunk(_BLOCKS)])
-    if not bool(((total > _TINY) & (total < torch.inf)).all()):
+    most = torch.finfo(total.dtype).max ** 0.75  # what is between it and the end is for rows' weights
+    if not bool(((total > 1 / most) & (total < most)).all()):
         return None
     if gradient:
-        logits.scatter_add_(-1, index, -derivative(of_target) * total / form.factor)
-    return Pointwise((total.log() - log_g(of_target)).squeeze(-1), (form.factor / total).squeeze(-1))
+        logits.scatter_add_(-1, index, derivative(of_target) / -form.factor * total)
+    loss = total.double().log() - log_g(of_target.double())  # both may be large
+    return Pointwise(loss.to(total.dtype).squeeze(-1), (form.factor / total).squeeze(-1))
 
 
 def general(
@@ -152,7 +154,6 @@ def _block(
 
 
 _BLOCKS = 5  # of a chunk's rows: what a pass needs beside the logits is held for one at a time
-_TINY = 1e-30  # a sum of g: below it float32 soon ends
 
 
 class _Form(NamedTuple):

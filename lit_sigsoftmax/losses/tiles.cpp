@@ -29,7 +29,7 @@ typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_
 // Numbers that begin at a vector's alignment: a vector across two lines of the cache is loaded twice.
 class Aligned {
    public:
-    explicit Aligned(int64_t count, float value = 0) : vectors((count + kLanes - 1) / kLanes, Vector{} + value) {}
+    explicit Aligned(int64_t count) : vectors((count + kLanes - 1) / kLanes) {}
     float* data() { return reinterpret_cast<float*>(vectors.data()); }
 
    private:
@@ -336,4 +336,4 @@ void losses_and_gradients(const Layer& layer, const Matrix& rows, const int64_t*
 FOR_EACH_ACTIVATION(SERVE)
 
 // Whether hidden vectors of this size are served: the last panel must not begin before the first column.
-extern "C" int tiles_take(int64_t size) { return Panels(size).start(0) >= 0; }
+extern "C" int tiles_take(int64_t size) { return size > 0 && Panels(size).start(0) >= 0; }
