@@ -41,7 +41,7 @@ _LEAST, _LEAST_ON_GPU = 2**18, 2**25  # logits of the smallest chunk
 # ... nor fewer rows on a processor than this part of a hidden vector's size: its products would wait for the weight.
 _OF_SIZE, _OF_SIZE_IN_HALF = 4, 2
 _LANES = 16  # rows of a chunk whose products are compiled too: a multiple, ...
-_TILED_ROWS, _TILED_LOGITS = 96, 2**20  # ... and no more than these: a library is faster with them
+_TILED_ROWS, _TILED_LOGITS = 128, 2**20  # ... and no more than these: a library is faster with them
 _LEAST_BLOCK_ON_GPU = 2**22  # logits: with fewer it waits for the host
 
 
@@ -163,7 +163,7 @@ def _fits_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> bool:
     if log_prior is not None or held or any(layer.penalty) or not _on_cpu(weight):
         return False
     chunk, (vocab_size, size) = _rows_of_chunk(layer, len(hidden), weight, "tiles"), weight.shape
-    few = chunk <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
+    few = max(chunk, _least(layer, weight)) <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
     sums_are_small = 4 * torch.get_num_threads() * size <= vocab_size  # of each thread, beside the logits
     return few and sums_are_small and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype)
 
@@ -312,15 +312,16 @@ def _rows_of_chunk(layer: Layer, rows: int, weight: Tensor, way: str) -> int:
     share = _SHARES[way]
     if way == "tiles":  # beside its logits a chunk holds its rows, and each thread a gradient of them
         share *= 1 + (1 + torch.get_num_threads()) * weight.shape[1] / len(weight)
-    size = min(max(math.ceil(rows / share), _least(layer, weight)), _most(layer, rows, weight))
+    size = min(max(math.ceil(rows / share), _least(layer, weight, way == "tiles")), _most(layer, rows, weight))
     return size // _LANES * _LANES if way == "tiles" else size
 
 
-def _least(layer: Layer, weight: Tensor) -> int:
+def _least(layer: Layer, weight: Tensor, tiled: bool = False) -> int:
     vocab_size, size = weight.shape
     if not _on_cpu(weight):
         return max(32, _LEAST_ON_GPU // vocab_size)
-    of_size = size // (_OF_SIZE if layer.dtype == layer.precision else _OF_SIZE_IN_HALF)
+    in_half = layer.dtype != layer.precision and not tiled  # whose products are float32
+    of_size = size // (_OF_SIZE_IN_HALF if in_half else _OF_SIZE)
     return max(32, _LEAST // vocab_size, min(of_size, _MOST // vocab_size))
 
 
