@@ -175,15 +175,15 @@ def _blocks(words: list[str], steps: int, pairs: int) -> dict[str, list[float]]:
 
 
 def _blocks_said(result: dict[str, Any]) -> str:
-    pairs = list(zip(result["blocks"]["with"], result["blocks"]["without"], strict=True))
-    if not pairs:
+    on, off = (torch.tensor(result["blocks"][name], dtype=torch.float64) for name in ("with", "without"))
+    if not len(on):
         return ""
-    logs = torch.tensor([on / off for on, off in pairs], dtype=torch.float64).log()
+    logs = (on / off).log()
     error = logs.std() / len(logs) ** 0.5 if len(logs) > 1 else torch.inf
     mean, low, high = (float((logs.mean() + k * error).exp()) for k in (0, -2, 2))
-    found = f"{quartiles([on / off for on, off in pairs]):.3f}"
+    found = f"{ratios(result['blocks']['with'], result['blocks']['without']):.3f}"
     return (
-        f"Logger and bar, {len(pairs)} pairs of blocks of {result['steps']} steps: {found} of the time without;"
+        f"Logger and bar, {len(logs)} pairs of blocks of {result['steps']} steps: {found} of the time without;"
         f" geometric mean {mean:.3f}, {low:.3f} to {high:.3f} (two standard errors)."
     )
 

@@ -235,7 +235,7 @@ def test_when_tiles_are_taken(n, size, vocab_size, threads, tiled, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     layer = chunks.Layer(get_activation("sigsoftmax"), -100, chunks.Penalty(), torch.float32)
     hidden, weight = torch.empty(n, 1, size), torch.empty(vocab_size, size)
-    assert chunks._fits_tiles(layer, [hidden, weight, None, None]) == tiled
+    assert bool(chunks._rows_of_tiles(layer, [hidden, weight, None, None])) == tiled
 
 
 @pytest.mark.parametrize("n", [700, 760, 816])

@@ -93,6 +93,12 @@ struct Relu {  // g = max(z, 0) + 1e-8
     static double slope(double z) { return z > 0 ? 1 / (z + floor) : 0; }
 };
 
+// The loss of a row: total is its sum of g(z) / g(peak), z the target's logit.
+template <class Activation>
+float loss_of(double total, double peak, double z) {
+    return static_cast<float>(std::log(total) + (Activation::log_g(peak) - Activation::log_g(z)));
+}
+
 }  // namespace
 
 // The registered name of each and its struct.

@@ -60,12 +60,17 @@ class Layer:
         There a loss scaler would come too late for values that have vanished.
         """
         counted = (target != self.ignore_index).to(self.precision)
-        return counted / counted.sum().clamp(min=1) if self.dtype == self.precision else counted
+        return counted if self.in_half else counted / counted.sum().clamp(min=1)
+
+    @property
+    def in_half(self) -> bool:
+        """Whether the products are of half precision."""
+        return self.dtype in (torch.float16, torch.bfloat16)
 
     @property
     def precision(self) -> torch.dtype:
         """The dtype of sums and of everything between the products."""
-        return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
+        return torch.float32 if self.in_half else self.dtype
 
 
 def losses_and_gradients(
@@ -92,8 +97,8 @@ def losses_and_gradients(
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False):
-        if any(wanted) and _fits_tiles(layer, tensors):
-            return _by_tiles(layer, target, counted, tensors, wanted, row_weight)
+        if any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
+            return _by_tiles(layer, rows, target, counted, tensors, wanted, row_weight)
         sums = _Sums(layer, tensors, wanted)
         nll = hidden.new_empty(len(target), dtype=layer.precision)
         for tokens in _chunks(layer, hidden, weight, sums.way, any(wanted)):
@@ -156,20 +161,23 @@ def no_gradients(layer: Layer, tensors: Sequence[Tensor | None], wanted: Sequenc
     ]
 
 
-def _fits_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> bool:
+def _rows_of_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> int:
+    """Rows of a chunk whose products are compiled too; 0 where that does not serve, or a library is faster."""
     hidden, weight, _, log_prior, *held = tensors
     assert hidden is not None
     assert weight is not None
     if log_prior is not None or held or any(layer.penalty) or not _on_cpu(weight):
-        return False
+        return 0
     chunk, (vocab_size, size) = _rows_of_chunk(layer, len(hidden), weight, "tiles"), weight.shape
     few = max(chunk, _least(layer, weight)) <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
     sums_are_small = 4 * torch.get_num_threads() * size <= vocab_size  # of each thread, beside the logits
-    return few and sums_are_small and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype)
+    worthwhile = few and sums_are_small
+    return chunk if worthwhile and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype) else 0
 
 
 def _by_tiles(
     layer: Layer,
+    chunk: int,
     target: Tensor,
     counted: Tensor,
     tensors: Sequence[Tensor | None],
@@ -187,8 +195,8 @@ def _by_tiles(
         target,
         row_weight.contiguous(),
         str(name_of(layer.log_g)),
-        rounded=layer.dtype != layer.precision,
-        chunk=_rows_of_chunk(layer, len(rows), weight, "tiles"),
+        rounded=layer.in_half,
+        chunk=chunk,
         wanted=wanted[:3],
     )
     of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype).unsqueeze(1)
@@ -221,7 +229,7 @@ class _Sums:
                 total.add_(found)
         # Rows of the small matrices are scaled, not those of the logits: but for half precision, whose range ends soon.
         scale = share.view(-1, 1) if outcome.scale is None else (outcome.scale * share.view(-1)).unsqueeze(-1)
-        if half := self.layer.dtype != self.layer.precision:
+        if self.layer.in_half:
             logits.mul_(scale)
             scale = torch.ones_like(scale)
         if of_bias is not None:
@@ -230,7 +238,7 @@ class _Sums:
         if of_hidden is not None:
             product = linear(derivative, self.weight.t())
             torch.mul(product, scale, out=of_hidden[tokens].view(-1, size))
-        if of_weight is not None and half:
+        if of_weight is not None and self.layer.in_half:
             for part, d in zip(of_weight.split(_TYPES), derivative.t().split(_TYPES), strict=True):
                 part.add_(d @ rows)  # a half-precision product, summed in float32
         elif of_weight is not None:
@@ -320,7 +328,7 @@ def _least(layer: Layer, weight: Tensor, tiled: bool = False) -> int:
     vocab_size, size = weight.shape
     if not _on_cpu(weight):
         return max(32, _LEAST_ON_GPU // vocab_size)
-    in_half = layer.dtype != layer.precision and not tiled  # whose products are float32
+    in_half = layer.in_half and not tiled  # whose products are float32
     of_size = size // (_OF_SIZE_IN_HALF if in_half else _OF_SIZE)
     return max(32, _LEAST // vocab_size, min(of_size, _MOST // vocab_size))
 

@@ -46,7 +46,7 @@ float score_row(float* row, int64_t columns, int64_t target) {
         for (int64_t j = 0; j < columns; ++j) row[j] *= scale;
         row[target] -= static_cast<float>(Activation::slope(z));
     }
-    return static_cast<float>(std::log(sum) + (Activation::log_g(peak) - Activation::log_g(z)));
+    return loss_of<Activation>(sum, peak, z);
 }
 
 template <class Activation>

@@ -253,7 +253,7 @@ void score(const Layer& layer, const float* rows, const int64_t* target, const f
             double total = 0;
             for (int t = 0; t < omp_get_num_threads(); ++t) total += buffers.totals[t * width + i];
             const double z = of_target[i];
-            nll[i] = static_cast<float>(std::log(total) + (Activation::log_g(peak[i]) - Activation::log_g(z)));
+            nll[i] = loss_of<Activation>(total, peak[i], z);
             buffers.scale[i] = static_cast<float>(row_weight[i] / total);
             logits[target[i] * width + i] -= static_cast<float>(Activation::slope(z) * total);
         }
