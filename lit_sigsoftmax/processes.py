@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import socket
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-__all__ = ["Address", "address", "died", "gather", "random_state", "set_random_state"]
+__all__ = ["Address", "address", "died", "gather", "leave_at_exit", "random_state", "set_random_state"]
 
 Address = tuple[str, int]
 """Host name and process id."""
@@ -62,6 +63,21 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def leave_at_exit() -> None:
+    """Let this process leave its group before the interpreter ends, as Lightning does for NCCL alone.
+
+    A thread of gloo may still let go of the last sum's tensors. It would wait for an interpreter that is no more, and
+    abort the process after all its work.
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def random_state() -> dict[str, Any]:

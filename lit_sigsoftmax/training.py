@@ -24,6 +24,7 @@ from lit_sigsoftmax.data import CorpusDataModule
 from lit_sigsoftmax.faults import TrainingError
 from lit_sigsoftmax.module import LanguageModel
 from lit_sigsoftmax.parser import Parser, place
+from lit_sigsoftmax.processes import leave_at_exit
 from lit_sigsoftmax.resume import in_folder, newest, run_folder, settings
 from lit_sigsoftmax.scoring import score_table
 from lit_sigsoftmax.signals import Stopped, stoppable
@@ -270,6 +271,7 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
         SystemExit: 2 for a mistake in the command line, or where the tracking store cannot be used.
     """
     silence_noise()
+    leave_at_exit()
     try:
         LanguageModelCLI(resolve_recipes(words), callbacks)
     except (CheckpointError, TrackingError) as error:

@@ -1,6 +1,7 @@
 """Several processes on gloo give the run of one: the same losses, the same perplexity, one MLflow run."""
 
 import subprocess
+import sys
 from functools import cache
 from signal import SIGKILL
 
@@ -111,3 +112,24 @@ def test_two_agents_of_torchrun_are_one_run(tmp_path):
     run = Store(tmp_path).run()
     assert run.info.status == "FINISHED"
     assert Store(tmp_path).steps(run, "train/loss") == list(range(N_STEPS))
+
+
+WITH_THREADS_AT_EXIT = """
+import atexit, pathlib, sys
+names = pathlib.Path("/proc/self/task").glob
+atexit.register(lambda: print("threads at exit:", *(path.read_text().strip() for path in names("*/comm"))))
+from lit_sigsoftmax.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads' names are those of /proc")
+def test_no_thread_of_the_group_outlives_the_work(tmp_path):
+    """One that met the interpreter's end would abort the process, after a whole run."""
+    words = [*FIT, "--trainer.devices=1", "--trainer.strategy=ddp"]
+    done = run_process([sys.executable, "-c", WITH_THREADS_AT_EXIT, *words], tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "distributed_backend=gloo" in done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("threads at exit:")]
+    assert "python" in line
+    assert "gloo" not in line

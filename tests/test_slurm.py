@@ -1,7 +1,6 @@
 """The script for SLURM, where there is none: a stand-in for srun starts the tasks as SLURM would, on this machine."""
 
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -73,16 +72,14 @@ def test_the_script_is_told_to_stop_queues_again_and_goes_on_in_one_run(store):
     job |= {"SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     job |= {"PATH": os.pathsep.join([str(store.folder), str(Path(*SCRIPT).parent), os.environ["PATH"]])}
     outputs = []
-    # gloo's threads may abort (-6) a process that has ended while the first one was gone already: srun, and this one,
-    # give the highest code.
-    for restart, (code, tasks) in enumerate([(143, r"\[143, (0|-6)\]"), (0, r"\[0, 0\]")]):
+    for restart, (code, tasks) in enumerate([(143, "[143, 0]"), (0, "[0, 0]")]):
         environment = {**os.environ, **job, "SLURM_RESTART_COUNT": str(restart)}
         done = subprocess.run(
             ["./job.sh"], cwd=store.folder, env=environment, capture_output=True, text=True, timeout=300
         )
         outputs.append(done.stdout + done.stderr)
         assert done.returncode == code, outputs[-1]
-        assert re.search(f"^tasks ended with {tasks}$", done.stdout, re.MULTILINE), outputs[-1]
+        assert f"tasks ended with {tasks}" in done.stdout.splitlines(), outputs[-1]
         assert {"SLURMEnvironment rank 0", "SLURMEnvironment rank 1"} <= set(done.stdout.splitlines())
         assert store.run().info.status == ("FINISHED" if restart else "KILLED")
     assert (store.folder / "scontrol.txt").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
