@@ -37,6 +37,7 @@ def calls(monkeypatch):
         return tiled_losses_and_gradients(*args, **kwargs)
 
     monkeypatch.setattr(chunks, "_LEAST", 1)
+    monkeypatch.setattr(chunks, "bfloat16_pays", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(compiled, "tiled_losses_and_gradients", count)
     return seen

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
-from lit_sigsoftmax.losses import compiled, triton_backend
-from lit_sigsoftmax.losses.gemm import linear
+from lit_sigsoftmax.losses import compiled, sweeps, triton_backend
+from lit_sigsoftmax.losses.gemm import bfloat16_pays, linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
@@ -99,6 +99,8 @@ def losses_and_gradients(
     with torch.autocast(hidden.device.type, enabled=False):
         if any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
             return _by_tiles(layer, rows, target, counted, tensors, wanted, row_weight)
+        if not any(layer.penalty) and sweeps.serves(weight, layer.dtype, layer.log_g):
+            return _by_sweeps(layer, target, counted, tensors, wanted, row_weight)
         sums = _Sums(layer, tensors, wanted)
         nll = hidden.new_empty(len(target), dtype=layer.precision)
         for tokens in _chunks(layer, hidden, weight, sums.way, any(wanted)):
@@ -171,7 +173,7 @@ def _rows_of_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> int:
     chunk, (vocab_size, size) = _rows_of_chunk(layer, len(hidden), weight, "tiles"), weight.shape
     few = max(chunk, _least(layer, weight)) <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
     sums_are_small = 4 * torch.get_num_threads() * size <= vocab_size  # of each thread, beside the logits
-    worthwhile = few and sums_are_small
+    worthwhile = few and sums_are_small and not (layer.in_half and bfloat16_pays())  # then sweeps are shorter
     return chunk if worthwhile and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype) else 0
 
 
@@ -201,6 +203,35 @@ def _by_tiles(
     )
     of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype).unsqueeze(1)
     return nll.where(counted, 0.0), [of_hidden, *others, *[None] * (len(tensors) - 3)]
+
+
+def _by_sweeps(
+    layer: Layer,
+    target: Tensor,
+    counted: Tensor,
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    row_weight: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    hidden, weight, bias, log_prior, *_ = tensors
+    assert hidden is not None
+    assert weight is not None
+    _, experts, size = hidden.shape
+    log_prior = None if log_prior is None else log_prior.to(layer.precision)
+    of_hidden, of_weight, of_bias, of_prior, *_ = gradients = no_gradients(layer, tensors, wanted)
+    of_rows = None if of_hidden is None else of_hidden.to(layer.precision).view(-1, size)
+
+    def weigh(expert_nll: Tensor) -> tuple[Tensor, Tensor]:
+        nll, share = _combine(log_prior, row_weight, 0, expert_nll)
+        if of_prior is not None:
+            of_prior.copy_(-share)
+        return nll, share.reshape(-1).contiguous()
+
+    rows, of_expert = hidden.reshape(-1, size), target.repeat_interleave(experts)
+    nll = sweeps.losses_and_gradients(rows, weight, bias, of_expert, layer.log_g, weigh, [of_rows, of_weight, of_bias])
+    if of_hidden is not None and of_rows is not None and of_hidden.dtype != of_rows.dtype:
+        of_hidden.view(-1, size).copy_(of_rows)
+    return nll.where(counted, 0.0), gradients
 
 
 class _Sums:

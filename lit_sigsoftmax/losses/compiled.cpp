@@ -1,6 +1,9 @@
 // The elementwise part of the loss in one pass over each row: logits in, loss and gradient out (see compiled.py).
 
+#include <vector>
+
 #include "activations.h"
+#include "bfloat16.h"
 
 namespace {
 
@@ -60,6 +63,51 @@ void score_rows(float* logits, const int64_t* target, float* nll, int64_t rows, 
     }
 }
 
+// The same for logits that come in bands of the vocabulary, columns from `first` on, in bfloat16. First the sums of
+// g(z) / g(peak) as both grow from band to band, and the target's logit, ...
+template <class Activation>
+void add_band(const uint16_t* logits, const int64_t* target, float* peak, double* sum, float* of_target, int64_t rows,
+              int64_t columns, int64_t first, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> row(columns);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t j = 0; j < columns; ++j) row[j] = from_bfloat16(logits[i * columns + j]);
+            const float higher = std::max(peak[i], largest(row.data(), columns));
+            if (higher > peak[i]) {
+                sum[i] *= std::exp(Activation::log_g(peak[i]) - Activation::log_g(higher));
+                peak[i] = higher;
+            }
+            const int64_t place = target[i] - first;
+            if (place >= 0 && place < columns) of_target[i] = row[place];
+            sum[i] += total<Activation, false>(row.data(), columns, higher);
+        }
+    }
+}
+
+// ... then, with what these have come to, the derivative of each row's loss, times the row's weight.
+template <class Activation>
+void differentiate_band(uint16_t* logits, const int64_t* target, const float* peak, const double* sum,
+                        const float* row_weight, int64_t rows, int64_t columns, int64_t first, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> row(columns);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; ++i) {
+            uint16_t* const out = logits + i * columns;
+            for (int64_t j = 0; j < columns; ++j) row[j] = from_bfloat16(out[j]);
+            const int64_t place = target[i] - first;
+            const bool here = place >= 0 && place < columns;
+            const double slope = here ? Activation::slope(row[place]) : 0;
+            total<Activation, true>(row.data(), columns, peak[i]);
+            const float scale = static_cast<float>(row_weight[i] / sum[i]);
+            if (here) row[place] -= static_cast<float>(slope * sum[i]);
+            for (int64_t j = 0; j < columns; ++j) out[j] = to_bfloat16(row[j] * scale);
+        }
+    }
+}
+
 }  // namespace
 
 // The registered name of each activation becomes a function of the library: that it is there says that it is served.
@@ -67,6 +115,15 @@ void score_rows(float* logits, const int64_t* target, float* nll, int64_t rows, 
     extern "C" void rows_##name(float* logits, const int64_t* target, float* nll, int64_t rows, int64_t columns,   \
                                 int differentiate, int threads) {                                                  \
         score_rows<Activation>(logits, target, nll, rows, columns, differentiate != 0, threads);                   \
+    }                                                                                                              \
+    extern "C" void add_band_##name(const uint16_t* logits, const int64_t* target, float* peak, double* sum,       \
+                                    float* of_target, int64_t rows, int64_t columns, int64_t first, int threads) { \
+        add_band<Activation>(logits, target, peak, sum, of_target, rows, columns, first, threads);                 \
+    }                                                                                                              \
+    extern "C" void differentiate_band_##name(uint16_t* logits, const int64_t* target, const float* peak,          \
+                                              const double* sum, const float* row_weight, int64_t rows,            \
+                                              int64_t columns, int64_t first, int threads) {                       \
+        differentiate_band<Activation>(logits, target, peak, sum, row_weight, rows, columns, first, threads);      \
     }
 
 FOR_EACH_ACTIVATION(SERVE)

@@ -1,10 +1,10 @@
 """A chunk's losses and derivatives compiled for this CPU: an optional fast path, off without a C++ compiler.
 
 A backend that works in chunks of rows has their logits in the cache and needs loss and gradient. In PyTorch, each step
-of the formula is one more pass over the chunk; ``compiled.cpp`` does them all while a row is in the cache. Where rows
-are few, ``tiles.cpp`` does the matrix products too. They are compiled for this machine when first used (some seconds)
-and kept in the cache folder. Without a compiler, or with ``LIT_SIGSOFTMAX_COMPILE=0``, nothing is served and the caller
-does it in PyTorch.
+of the formula is one more pass over the chunk; ``compiled.cpp`` does them all while a row is in the cache, also where
+it comes in bands (:class:`Bands`). Where rows are few, ``tiles.cpp`` does the matrix products too. They are compiled
+for this machine when first used (some seconds) and kept in the cache folder. Without a compiler, or with
+``LIT_SIGSOFTMAX_COMPILE=0``, nothing is served and the caller does it in PyTorch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses.reduction import check_targets
 from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
 __all__ = [
     "COMPILE_VARIABLE",
+    "Bands",
     "available",
     "score_and_differentiate",
     "serves",
@@ -37,7 +39,7 @@ __all__ = [
 
 COMPILE_VARIABLE = "LIT_SIGSOFTMAX_COMPILE"
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("compiled.cpp", "tiles.cpp", "activations.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("compiled.cpp", "tiles.cpp", "activations.h", "bfloat16.h")]
 # Not -ffast-math: it drops infinities, and its startup code would flush denormals in the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
@@ -97,6 +99,46 @@ def score_and_differentiate(logits: Tensor, target: Tensor, activation: str, dif
         ctypes.c_int(torch.get_num_threads()),
     )
     return nll
+
+
+class Bands:
+    """Losses and derivatives of rows whose logits come in bands of the vocabulary, in bfloat16.
+
+    Every band is given to :meth:`add`, and then, made anew, to :meth:`differentiate`. Uses as many threads as PyTorch.
+
+    Args:
+        target: Shape (n,), int64, contiguous, each below V, which is not checked.
+        activation: A registered name that :func:`serves` accepts.
+    """
+
+    def __init__(self, target: Tensor, activation: str) -> None:
+        self.target, self.activation = target, activation
+        self.peak = torch.full_like(target, torch.finfo(torch.float32).min, dtype=torch.float32)
+        self.sum = torch.zeros_like(target, dtype=torch.float64)  # of g, relative to that of the peak
+        self.of_target = torch.zeros_like(self.peak)
+
+    def add(self, logits: Tensor, first: int) -> None:
+        """Take logits, shape (n, m), contiguous, of the types from ``first`` on."""
+        self._call("add_band", logits, self.target, self.peak, self.sum, self.of_target, first=first)
+
+    def losses(self, log_g: Activation) -> Tensor:
+        """Return the rows' losses in nats, shape (n,), float32, when all bands have been taken.
+
+        Args:
+            log_g: The output activation that ``activation`` names.
+        """
+        return (self.sum.log() + log_g(self.peak.double()) - log_g(self.of_target.double())).float()
+
+    def differentiate(self, logits: Tensor, first: int, row_weight: Tensor) -> None:
+        """Overwrite a band with the derivatives of the losses' sum weighted by ``row_weight``: (n,), float32."""
+        self._call("differentiate_band", logits, self.target, self.peak, self.sum, row_weight, first=first)
+
+    def _call(self, name: str, *tensors: Tensor, first: int) -> None:
+        getattr(_library(), f"{name}_{self.activation}")(
+            *map(_pointer, tensors),
+            *map(ctypes.c_int64, (*tensors[0].shape, first)),
+            ctypes.c_int(torch.get_num_threads()),
+        )
 
 
 def serves_tiles(activation: str | None, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,8 @@ __all__ = ["aligned_rows", "linear", "uses_onednn"]
 _ROWS, _INNER, _COLUMNS = 128, 256, 8192  # of the measured product, like a chunk of the loss
 _ALIGNED = 32  # numbers of 16 bits
 _VARIABLE = "LIT_SIGSOFTMAX_GEMM"
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,10 +68,23 @@ def uses_onednn() -> bool:
     """
     if not _onednn_works():
         return False
-    choice = os.environ.get(_VARIABLE) or _remembered()
+    choice = os.environ.get(_VARIABLE) or _faster("gemm", {"onednn": _onednn, "torch": F.linear})
     if choice not in ("onednn", "torch"):
         raise ValueError(f"{_VARIABLE} is 'onednn' or 'torch', not {choice!r}")
     return choice == "onednn"
+
+
+@cache
+def bfloat16_pays() -> bool:
+    """Whether a product in bfloat16 takes less time on this machine than in float32, the rounding for it and all.
+
+    So it does with matrix units for bfloat16. A measurement made once on this machine says it.
+    """
+    return _faster("bfloat16", {"bfloat16": _in_bfloat16, "float32": linear}) == "bfloat16"
+
+
+def _in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.bfloat16(), weight.bfloat16())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,17 +99,18 @@ def _onednn_works() -> bool:
         return False
 
 
-def _remembered() -> str:
+def _faster(question: str, ways: Mapping[str, Product]) -> str:
+    """The faster way, as measured when the question was first asked on this machine; the last where none is kept."""
     machine = " ".join((torch.__version__, platform.machine(), _processor()))
-    path = cache_dir() / f"gemm-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.txt"
+    path = cache_dir() / f"{question}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.txt"
     try:
         with exclusive(path):
-            if not (path.exists() and path.read_text() in ("onednn", "torch")):
+            if not (path.exists() and path.read_text() in ways):
                 with atomic_write(path) as file:
-                    file.write(_measure().encode())
+                    file.write(_measure(ways).encode())
             return path.read_text()
     except OSError:  # nowhere to write, so nowhere to stay the same
-        return "torch"
+        return list(ways)[-1]
 
 
 def _processor() -> str:
@@ -104,11 +121,11 @@ def _processor() -> str:
     return " ".join(sorted({line for line in lines if line.startswith(("model", "cpu family", "flags"))}))
 
 
-def _measure() -> str:
+def _measure(ways: Mapping[str, Product]) -> str:
     x, weight = _numbers(_ROWS, _INNER), _numbers(_COLUMNS, _INNER)
-    seconds: dict[str, list[float]] = {"onednn": [], "torch": []}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(9):
-        for name, product in (("onednn", _onednn), ("torch", F.linear)):
+        for name, product in ways.items():
             start = time.perf_counter()
             product(x, weight, None)
             seconds[name].append(time.perf_counter() - start)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "bfloat16.h"
 
 namespace {
 
@@ -132,28 +133,15 @@ struct Matrix {
         const uint16_t* const half = static_cast<const uint16_t*>(data) + first * columns;
         float* const out = buffer.data();
         if (is_bfloat16) {
-            for (int64_t i = 0; i < count * columns; ++i) out[i] = from_bits(uint32_t{half[i]} << 16);
+            for (int64_t i = 0; i < count * columns; ++i) out[i] = from_bfloat16(half[i]);
         } else {
-            for (int64_t i = 0; i < count * columns; ++i) out[i] = as_bfloat16(source[i]);
+            for (int64_t i = 0; i < count * columns; ++i) out[i] = from_bfloat16(to_bfloat16(source[i]));
         }
         return out;
     }
 
     // What rows() needs to be given for so many.
     Aligned buffer(int64_t count) const { return Aligned(is_bfloat16 || rounded ? count * columns : 0); }
-
-   private:
-    static float from_bits(uint32_t bits) {
-        float number;
-        std::memcpy(&number, &bits, sizeof bits);
-        return number;
-    }
-    static float as_bfloat16(float number) {  // to nearest, ties to even
-        uint32_t bits;
-        std::memcpy(&bits, &number, sizeof bits);
-        bits += 0x7fff + ((bits >> 16) & 1);
-        return number != number ? number : from_bits(bits & 0xffff0000);
-    }
 };
 
 struct Layer {

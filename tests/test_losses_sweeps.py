@@ -1,0 +1,234 @@
+"""The loss in bfloat16 by two sweeps over the vocabulary, each in bands of it."""
+
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+from references import FORMULAS
+from test_losses_compiled import COMPILER, LOGITS, draw
+
+from lit_sigsoftmax.activations import get_activation
+from lit_sigsoftmax.functional import linear_cross_entropy
+from lit_sigsoftmax.losses import chunks, compiled, gemm, sweeps
+from lit_sigsoftmax.losses.compiled import Bands, score_and_differentiate
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: no {COMPILER}")
+every_activation = pytest.mark.parametrize("name", FORMULAS)
+
+
+@pytest.fixture(autouse=True)
+def bands(monkeypatch):
+    """Bands of 32 types, and how many there were."""
+    seen = []
+
+    class Counted(Bands):
+        def add(self, logits, first):
+            seen.append(first)
+            super().add(logits, first)
+
+    monkeypatch.setattr(compiled, "Bands", Counted)
+    monkeypatch.setattr(sweeps, "_types", lambda rows, vocab_size: 32)
+    monkeypatch.setattr(chunks, "bfloat16_pays", lambda: True)
+    return seen
+
+
+def by_bands(logits, target, name, edges, row_weight=None):
+    """The losses of bfloat16 logits, and the derivatives, as they come in bands between the edges."""
+    rows = Bands(target, name)
+    for start, end in pairwise(edges):
+        rows.add(logits[:, start:end].contiguous(), start)
+    derivative = torch.empty_like(logits)
+    for start, end in pairwise(edges):
+        band = logits[:, start:end].contiguous()
+        rows.differentiate(band, start, torch.ones(len(target)) if row_weight is None else row_weight)
+        derivative[:, start:end] = band
+    return rows.losses(get_activation(name)), derivative
+
+
+@every_activation
+@pytest.mark.parametrize("edges", [[0, 1100], [0, 1, 33, 700, 1100], [0, 1050, 1100]])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_bands_are_the_whole_rounded(kind, edges, name):
+    noise, target = draw(5, 1100)
+    logits = LOGITS[kind](noise).bfloat16()
+    if kind == "masked":
+        logits[:, : edges[1] - 1] = -torch.inf  # as good as a whole band
+    target[logits.gather(1, target[:, None])[:, 0] == -torch.inf] = 1099
+    logits[:, 1099] = logits[:, 1099].nan_to_num(neginf=0.0)
+    whole = logits.float()
+    expected = score_and_differentiate(whole, target, name, differentiate=True)
+    nll, derivative = by_bands(logits, target, name, edges)
+    torch.testing.assert_close(nll, expected, rtol=3e-7, atol=1e-6)
+    torch.testing.assert_close(derivative.float(), whole, rtol=2**-8, atol=1e-6)
+
+
+@every_activation
+def test_rows_are_weighted(name):
+    logits, target = draw(5, 100)
+    weight = torch.tensor([1.0, 0.0, -2.0, 0.5, 1e6])
+    (_, plain), (_, found) = (by_bands(logits.bfloat16(), target, name, [0, 60, 100], w) for w in (None, weight))
+    torch.testing.assert_close(found.float(), plain.float() * weight[:, None], rtol=2**-7, atol=0)
+
+
+@every_activation
+@pytest.mark.parametrize("place", [0, 7, 90])
+def test_nan_is_not_hidden(place, name):
+    logits, target = draw(2, 100)
+    logits[1, place] = torch.nan
+    nll, derivative = by_bands(logits.bfloat16(), target, name, [0, 60, 100])
+    assert nll.isnan().tolist() == [False, True]
+    assert derivative.isnan().any(1).tolist() == [False, True]
+
+
+def test_rounding_is_torchs():
+    """Ties, overflow, subnormals and signs: the derivative of a softmax that is certain and wrong is its weight."""
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x00018000, 0x7F7FFFFF], dtype=torch.int32)
+    weights = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
+    logits = torch.tensor([[0.0, -torch.inf]]).expand(len(weights), 2).bfloat16()
+    target = torch.ones(len(weights), dtype=torch.int64)
+    _, derivative = by_bands(logits, target, "softmax", [0, 1, 2], weights)
+    assert torch.equal(derivative[:, 0], weights.bfloat16())
+
+
+def layer(n, size, vocab_size, experts=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, experts, size, generator=generator)
+    weight = torch.randn(vocab_size, size, generator=generator) * 2 / size**0.5
+    bias, prior = torch.randn(vocab_size, generator=generator), torch.randn(n, experts, generator=generator)
+    target = torch.randint(vocab_size, (n,), generator=generator)
+    return [hidden.squeeze(1), weight, bias, *([prior.log_softmax(-1)] if experts > 1 else [])], target
+
+
+def losses_and_gradients(inputs, target, weights=None, dtype=None, backend="chunked", frozen=(), **kwargs):
+    given = [x.detach().to(dtype or x.dtype).clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+    hidden, weight, bias, *prior = given
+    kwargs |= {"log_prior": prior[0]} if prior else {}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        loss = linear_cross_entropy(hidden, weight, target, bias, reduction="none", backend=backend, **kwargs)
+        (loss.sum() if weights is None else (loss * weights).sum()).backward()
+    return loss.detach(), [x.grad for x in given]
+
+
+def check(inputs, target, weights=None, dtype=None, **kwargs):
+    """As near to the exact loss of exact numbers as the plain one in bfloat16, with a tolerance."""
+    found = losses_and_gradients(inputs, target, weights, dtype, **kwargs)
+    naive = losses_and_gradients(inputs, target, weights, dtype, backend="reference", **kwargs)
+    exact = losses_and_gradients(inputs, target, weights, torch.float64, backend="reference", **kwargs)
+    assert found[0].dtype == torch.float32
+    for ours, theirs, true in zip((found[0], *found[1]), (naive[0], *naive[1]), (exact[0], *exact[1]), strict=True):
+        if true is None:
+            assert ours is None
+            continue
+        ours_off, theirs_off = ((x.double() - true).norm() / true.norm().clamp(min=1e-9) for x in (ours, theirs))
+        assert ours_off <= 1.5 * theirs_off + 2**-9
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("n", "vocab_size"), [(1, 5), (37, 32), (37, 33), (300, 100)])
+def test_is_no_worse_than_plain(n, vocab_size, dtype, name, bands):
+    inputs, target = layer(n, 24, vocab_size)
+    check(inputs, target, dtype=dtype, activation=name)
+    assert bands == list(range(0, vocab_size, 32))
+
+
+@every_activation
+def test_a_mixture(name, bands):
+    inputs, target = layer(40, 24, 100, experts=3)
+    target[3] = -100
+    check(inputs, target, activation=name)
+    assert bands
+
+
+@every_activation
+def test_tokens_of_unequal_weight(name, bands):
+    inputs, target = layer(90, 24, 100)
+    target[5] = -100
+    check(inputs, target, torch.linspace(-1, 2, 90), activation=name)
+    assert len(bands) == 8  # backward makes them anew
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_frozen_tensors(frozen, bands):
+    inputs, target = layer(40, 24, 100)
+    check(inputs, target, activation="sigsoftmax", frozen=frozen)
+    assert bands
+
+
+def test_without_gradients_one_sweep_is_enough(bands, monkeypatch):
+    inputs, target = layer(40, 24, 100)
+    expected, _ = losses_and_gradients(inputs, target, activation="sigsoftmax")
+    monkeypatch.setattr(Bands, "differentiate", None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden, weight, bias = inputs
+        loss = linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax", reduction="none")
+    assert torch.equal(loss, expected)
+
+
+def test_no_rows_no_types(bands):
+    inputs, target = layer(0, 24, 100)
+    loss, gradients = losses_and_gradients(inputs, target, activation="sigsoftmax")
+    assert loss.shape == (0,)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_any_strides():
+    (hidden, weight, bias), target = layer(40, 24, 100)
+    strided = [hidden.t().contiguous().t(), weight.t().contiguous().t(), bias.repeat_interleave(2)[::2]]
+    found = losses_and_gradients(strided, target.repeat_interleave(2)[::2], activation="sigsoftmax")
+    expected = losses_and_gradients([hidden, weight, bias], target, activation="sigsoftmax")
+    torch.testing.assert_close(found, expected)
+
+
+def test_threads_agree(monkeypatch):
+    inputs, target = layer(90, 24, 100)
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(losses_and_gradients(inputs, target, activation="sigsoftmax"))
+    for loss, gradients in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found[0][1], strict=True))
+
+
+@pytest.mark.parametrize("kwargs", [{"z_loss": 0.1}, {"label_smoothing": 0.1}, {"activation": lambda z: z}])
+def test_penalties_and_other_activations_go_another_way(kwargs, bands):
+    inputs, target = layer(40, 24, 100)
+    check(inputs, target, **{"activation": "sigsoftmax", **kwargs})
+    assert not bands
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "size", "vocab_size"), [(700, 200, 10_000), (1400, 400, 10_000), (1400, 400, 33_278), (8192, 256, 10_000)]
+)
+def test_what_is_held_is_an_eighth_of_the_logits(n, size, vocab_size, weight_dtype, monkeypatch):
+    monkeypatch.undo()
+    types = sweeps._types(n, vocab_size)
+    band = 2 * types * (n + size + size)  # logits, weight, and its gradient
+    rows = n * size * (2 + 2 + 4)  # hidden, and its gradient, of a band and in all
+    assert band + rows <= 4 * n * vocab_size / 8
+
+
+@pytest.mark.parametrize(("rows", "types"), [(0, 10_000), (1, 10_000), (300, 1_760), (2**13, 512), (2**20, 256)])
+def test_few_rows_make_wide_bands_and_many_narrow_ones(rows, types, monkeypatch):
+    monkeypatch.undo()
+    assert min(sweeps._types(rows, 10_000), 10_000) == types
+
+
+@pytest.fixture
+def not_asked_yet():
+    gemm.bfloat16_pays.cache_clear()
+    yield
+    gemm.bfloat16_pays.cache_clear()
+
+
+def test_whether_bfloat16_pays_is_measured_once(not_asked_yet, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gemm, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(gemm, "_measure", lambda ways: asked.append(list(ways)) or "bfloat16")
+    for _ in range(2):
+        gemm.bfloat16_pays.cache_clear()
+        assert gemm.bfloat16_pays()
+    assert asked == [["bfloat16", "float32"]]
