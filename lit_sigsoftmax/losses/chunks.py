@@ -8,6 +8,9 @@ expert :math:`k` and type :math:`v`
 
 with the responsibilities :math:`r_{ik} = \pi_{ik}\, p_{ik}(y_i) / p_i(y_i)` of a mixture, 1 without one; for sigsoftmax
 the last factor is :math:`2 - \sigma(z)` (Kanai et al., NeurIPS 2018, equation 12).
+
+Two others do the same where they are faster: :mod:`lit_sigsoftmax.losses.sweeps` for bfloat16 on a CPU, which goes over
+the vocabulary, and the tiles of :mod:`lit_sigsoftmax.losses.compiled`.
 """
 
 from __future__ import annotations
