@@ -20,11 +20,9 @@ from lit_sigsoftmax.losses.gemm import linear
 __all__ = ["losses_and_gradients", "serves"]
 
 _SHARE = 20  # A band has this part of the vocabulary, ...
-_LEAST, _MOST = (
-    2**19,
-    2**22,
-)  # ... but its logits are within these bounds ...
-_LEAST_TYPES = 256  # ... nor has it fewer types, however many rows there are
+_LEAST = 2**18  # logits, where there are few rows, ...
+_MOST = 2**22  # logits, where there are many, ...
+_LEAST_TYPES = 256  # but never fewer types.
 
 
 def serves(weight: Tensor, dtype: torch.dtype, log_g: Activation) -> bool:
