@@ -28,7 +28,7 @@ def bands(monkeypatch):
             super().add(logits, first)
 
     monkeypatch.setattr(compiled, "Bands", Counted)
-    monkeypatch.setattr(sweeps, "_types", lambda rows, vocab_size: 32)
+    monkeypatch.setattr(sweeps, "_types", lambda *shape: 32)
     monkeypatch.setattr(chunks, "bfloat16_pays", lambda: True)
     return seen
 
@@ -205,16 +205,19 @@ def test_penalties_and_other_activations_go_another_way(kwargs, bands):
 )
 def test_what_is_held_is_an_eighth_of_the_logits(n, size, vocab_size, weight_dtype, monkeypatch):
     monkeypatch.undo()
-    types = sweeps._types(n, vocab_size)
+    types = sweeps._types(n, size, vocab_size)
     band = 2 * types * (n + size + size)  # logits, weight, and its gradient
     rows = n * size * (2 + 2 + 4)  # hidden, and its gradient, of a band and in all
     assert band + rows <= 4 * n * vocab_size / 8
 
 
-@pytest.mark.parametrize(("rows", "types"), [(0, 10_000), (1, 10_000), (300, 896), (2**13, 512), (2**20, 256)])
-def test_few_rows_make_wide_bands_and_many_narrow_ones(rows, types, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "size", "types"),
+    [(0, 200, 10_000), (1, 200, 10_000), (300, 200, 896), (300, 1024, 1280), (2**13, 1024, 512), (2**20, 200, 256)],
+)
+def test_few_rows_make_wide_bands_and_many_narrow_ones(rows, size, types, monkeypatch):
     monkeypatch.undo()
-    assert min(sweeps._types(rows, 10_000), 10_000) == types
+    assert min(sweeps._types(rows, size, 10_000), 10_000) == types
 
 
 @pytest.fixture

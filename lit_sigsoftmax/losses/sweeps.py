@@ -8,6 +8,7 @@ three, but they and what lies between them in the cache. With matrix units for b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,9 +21,10 @@ from lit_sigsoftmax.losses.gemm import linear
 __all__ = ["losses_and_gradients", "serves"]
 
 _SHARE = 20  # A band has this part of the vocabulary, ...
-_LEAST = 2**18  # logits, where there are few rows, ...
-_MOST = 2**22  # logits, where there are many, ...
-_LEAST_TYPES = 256  # but never fewer types.
+_LEAST = 2**18  # or so many logits, where there are few rows, ...
+_OF_SIZE = 1.25  # or this times the hidden size, so that adding its part of hidden's gradient costs little, ...
+_MOST = 2**22  # but no more logits ...
+_LEAST_TYPES = 256  # unless it had fewer types.
 
 
 def serves(weight: Tensor, dtype: torch.dtype, log_g: Activation) -> bool:
@@ -52,7 +54,7 @@ def losses_and_gradients(
     """
     rows = rows.to(torch.bfloat16)
     bands = compiled.Bands(target, str(name_of(log_g)))
-    steps = range(0, len(weight), _types(len(rows), len(weight)))
+    steps = range(0, len(weight), _types(len(rows), rows.shape[1], len(weight)))
 
     def band(first: int) -> tuple[slice, Tensor, Tensor]:
         types = slice(first, first + steps.step)
@@ -75,8 +77,8 @@ def losses_and_gradients(
     return nll
 
 
-def _types(rows: int, vocab_size: int) -> int:
+def _types(rows: int, size: int, vocab_size: int) -> int:
     """Of a band."""
     rows = max(1, rows)
-    types = min(max(vocab_size // _SHARE, _LEAST // rows), _MOST // rows)
-    return max(_LEAST_TYPES, -(-types // 32) * 32)
+    types = min(max(vocab_size / _SHARE, _LEAST / rows, _OF_SIZE * size), _MOST / rows)
+    return max(_LEAST_TYPES, math.ceil(types / 32) * 32)
