@@ -115,9 +115,17 @@ def test_two_agents_of_torchrun_are_one_run(tmp_path):
 
 
 WITH_THREADS_AT_EXIT = """
-import atexit, pathlib, sys
-names = pathlib.Path("/proc/self/task").glob
-atexit.register(lambda: print("threads at exit:", *(path.read_text().strip() for path in names("*/comm"))))
+import atexit, contextlib, pathlib, sys, time
+
+def show():
+    time.sleep(1)  # a thread that has been waited for may still be listed
+    names = []
+    for path in pathlib.Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):
+            names.append(path.read_text().strip())
+    print("threads at exit:", *names)
+
+atexit.register(show)
 from lit_sigsoftmax.cli import main
 main(sys.argv[1:])
 """

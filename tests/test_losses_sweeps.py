@@ -8,9 +8,8 @@ import torch
 from references import FORMULAS
 from test_losses_compiled import COMPILER, LOGITS, draw
 
-from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled, gemm, sweeps
+from lit_sigsoftmax.losses import compiled, gemm, sweeps
 from lit_sigsoftmax.losses.compiled import Bands, score_and_differentiate
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: no {COMPILER}")
@@ -19,7 +18,7 @@ every_activation = pytest.mark.parametrize("name", FORMULAS)
 
 @pytest.fixture(autouse=True)
 def bands(monkeypatch):
-    """Bands of 32 types, and how many there were."""
+    """Bands of 32 types of up to 64 rows, and how many there were."""
     seen = []
 
     class Counted(Bands):
@@ -29,7 +28,8 @@ def bands(monkeypatch):
 
     monkeypatch.setattr(compiled, "Bands", Counted)
     monkeypatch.setattr(sweeps, "_types", lambda *shape: 32)
-    monkeypatch.setattr(chunks, "bfloat16_pays", lambda: True)
+    monkeypatch.setattr(sweeps, "_ROWS", 64)
+    monkeypatch.setattr(sweeps, "bfloat16_pays", lambda: True)
     return seen
 
 
@@ -43,19 +43,19 @@ def by_bands(logits, target, name, edges, row_weight=None):
         band = logits[:, start:end].contiguous()
         rows.differentiate(band, start, torch.ones(len(target)) if row_weight is None else row_weight)
         derivative[:, start:end] = band
-    return rows.losses(get_activation(name)), derivative
+    return rows.losses(), derivative
 
 
 @every_activation
-@pytest.mark.parametrize("edges", [[0, 1100], [0, 1, 33, 700, 1100], [0, 1050, 1100]])
+@pytest.mark.parametrize("edges", [[0, 1100], [0, 2, 33, 700, 1100], [0, 1050, 1100]])
 @pytest.mark.parametrize("kind", LOGITS)
 def test_bands_are_the_whole_rounded(kind, edges, name):
     noise, target = draw(5, 1100)
     logits = LOGITS[kind](noise).bfloat16()
-    if kind == "masked":
-        logits[:, : edges[1] - 1] = -torch.inf  # as good as a whole band
-    target[logits.gather(1, target[:, None])[:, 0] == -torch.inf] = 1099
-    logits[:, 1099] = logits[:, 1099].nan_to_num(neginf=0.0)
+    if kind == "masked":  # whole bands
+        logits[:, : edges[1] if len(edges) > 2 else 1000] = -torch.inf
+        target = target.clamp(min=1050)
+    logits.scatter_(1, target[:, None], logits.gather(1, target[:, None]).nan_to_num(neginf=0.0))
     whole = logits.float()
     expected = score_and_differentiate(whole, target, name, differentiate=True)
     nll, derivative = by_bands(logits, target, name, edges)
@@ -101,13 +101,16 @@ def layer(n, size, vocab_size, experts=1, seed=0):
 
 
 def losses_and_gradients(inputs, target, weights=None, dtype=None, backend="chunked", frozen=(), **kwargs):
-    given = [x.detach().to(dtype or x.dtype).clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+    given = [
+        None if x is None else x.detach().to(dtype or x.dtype).clone().requires_grad_(i not in frozen)
+        for i, x in enumerate(inputs)
+    ]
     hidden, weight, bias, *prior = given
     kwargs |= {"log_prior": prior[0]} if prior else {}
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
         loss = linear_cross_entropy(hidden, weight, target, bias, reduction="none", backend=backend, **kwargs)
         (loss.sum() if weights is None else (loss * weights).sum()).backward()
-    return loss.detach(), [x.grad for x in given]
+    return loss.detach(), [x.grad for x in given if x is not None]
 
 
 def check(inputs, target, weights=None, dtype=None, **kwargs):
@@ -130,7 +133,7 @@ def check(inputs, target, weights=None, dtype=None, **kwargs):
 def test_is_no_worse_than_plain(n, vocab_size, dtype, name, bands):
     inputs, target = layer(n, 24, vocab_size)
     check(inputs, target, dtype=dtype, activation=name)
-    assert bands == list(range(0, vocab_size, 32))
+    assert bands == -(-n // 64) * list(range(0, vocab_size, 32))
 
 
 @every_activation
@@ -138,7 +141,8 @@ def test_a_mixture(name, bands):
     inputs, target = layer(40, 24, 100, experts=3)
     target[3] = -100
     check(inputs, target, activation=name)
-    assert bands
+    assert len(bands) == 2 * 4
+    check(inputs, target, activation=name, frozen=(3,))
 
 
 @every_activation
@@ -146,13 +150,33 @@ def test_tokens_of_unequal_weight(name, bands):
     inputs, target = layer(90, 24, 100)
     target[5] = -100
     check(inputs, target, torch.linspace(-1, 2, 90), activation=name)
-    assert len(bands) == 8  # backward makes them anew
+    assert len(bands) == 2 * 2 * 4  # backward makes them anew
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 def test_frozen_tensors(frozen, bands):
     inputs, target = layer(40, 24, 100)
     check(inputs, target, activation="sigsoftmax", frozen=frozen)
+    assert bands
+
+
+def test_without_a_bias(bands):
+    (hidden, weight, bias), target = layer(40, 24, 100)
+    expected = losses_and_gradients([hidden, weight, bias * 0], target, activation="sigsoftmax")
+    found = losses_and_gradients([hidden, weight, None], target, activation="sigsoftmax")
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1][:2], strict=True))
+    assert bands
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_bias_of_another_dtype(dtype, bands):
+    (hidden, weight, bias), target = layer(40, 24, 100)
+    found = losses_and_gradients([hidden, weight, bias.to(dtype)], target, activation="sigsoftmax")
+    expected = losses_and_gradients([hidden, weight, bias], target, activation="sigsoftmax")
+    assert found[1][2].dtype == dtype
+    torch.testing.assert_close(found[1][2].float(), expected[1][2], rtol=2**-8, atol=1e-6)
+    assert torch.equal(found[0], expected[0])
     assert bands
 
 
@@ -166,8 +190,9 @@ def test_without_gradients_one_sweep_is_enough(bands, monkeypatch):
     assert torch.equal(loss, expected)
 
 
-def test_no_rows_no_types(bands):
-    inputs, target = layer(0, 24, 100)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_no_rows(experts):
+    inputs, target = layer(0, 24, 100, experts)
     loss, gradients = losses_and_gradients(inputs, target, activation="sigsoftmax")
     assert loss.shape == (0,)
     assert not any(gradient.any() for gradient in gradients)
@@ -199,11 +224,10 @@ def test_penalties_and_other_activations_go_another_way(kwargs, bands):
     assert not bands
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("n", "size", "vocab_size"), [(700, 200, 10_000), (1400, 400, 10_000), (1400, 400, 33_278), (8192, 256, 10_000)]
+    ("n", "size", "vocab_size"), [(700, 200, 10_000), (1400, 400, 10_000), (1400, 400, 33_278), (2048, 768, 50_257)]
 )
-def test_what_is_held_is_an_eighth_of_the_logits(n, size, vocab_size, weight_dtype, monkeypatch):
+def test_what_is_held_is_an_eighth_of_the_logits(n, size, vocab_size, monkeypatch):
     monkeypatch.undo()
     types = sweeps._types(n, size, vocab_size)
     band = 2 * types * (n + size + size)  # logits, weight, and its gradient
@@ -212,12 +236,19 @@ def test_what_is_held_is_an_eighth_of_the_logits(n, size, vocab_size, weight_dty
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "types"),
-    [(0, 200, 10_000), (1, 200, 10_000), (300, 200, 896), (300, 1024, 1280), (2**13, 1024, 512), (2**20, 200, 256)],
+    ("rows", "size", "types"), [(1, 200, 10_000), (300, 200, 896), (300, 1024, 1280), (2048, 200, 512)]
 )
-def test_few_rows_make_wide_bands_and_many_narrow_ones(rows, size, types, monkeypatch):
+def test_few_rows_and_large_ones_make_wide_bands(rows, size, types, monkeypatch):
     monkeypatch.undo()
     assert min(sweeps._types(rows, size, 10_000), 10_000) == types
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "lengths"),
+    [(0, 3, []), (64, 1, [64]), (65, 1, [33, 32]), (5, 100, [1] * 5), (40, 3, [20, 20])],
+)
+def test_groups_are_nearly_equal(tokens, experts, lengths):
+    assert [len(range(tokens)[group]) for group in sweeps.groups(tokens, experts)] == lengths
 
 
 @pytest.fixture

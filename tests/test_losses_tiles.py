@@ -9,7 +9,7 @@ from test_losses_compiled import COMPILER
 
 from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled
+from lit_sigsoftmax.losses import chunks, compiled, sweeps
 from lit_sigsoftmax.losses.compiled import serves_tiles, tiled_losses_and_gradients
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: no {COMPILER}")
@@ -37,7 +37,7 @@ def calls(monkeypatch):
         return tiled_losses_and_gradients(*args, **kwargs)
 
     monkeypatch.setattr(chunks, "_LEAST", 1)
-    monkeypatch.setattr(chunks, "bfloat16_pays", lambda: False)
+    monkeypatch.setattr(sweeps, "bfloat16_pays", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(compiled, "tiled_losses_and_gradients", count)
     return seen
@@ -158,6 +158,16 @@ def test_bfloat16_products_round_their_factors_alone(name, dtype, weight_dtype, 
         assert gradient.dtype == x.dtype
         tolerance = 2e-5 if x.dtype == torch.float32 else 2**-8  # their own rounding
         torch.testing.assert_close(gradient.double(), reference, rtol=tolerance, atol=tolerance)
+
+
+def test_where_bfloat16_pays_sweeps_go_first(calls, monkeypatch):
+    monkeypatch.setattr(sweeps, "bfloat16_pays", lambda: True)
+    inputs, target = layer(90, 96, 400)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses_and_gradients(inputs, target, activation="sigsoftmax")
+    assert not calls
+    losses_and_gradients(inputs, target, activation="sigsoftmax")  # in float32 they do not
+    assert calls
 
 
 def test_rounding_is_torchs():

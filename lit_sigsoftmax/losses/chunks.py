@@ -9,8 +9,8 @@ expert :math:`k` and type :math:`v`
 with the responsibilities :math:`r_{ik} = \pi_{ik}\, p_{ik}(y_i) / p_i(y_i)` of a mixture, 1 without one; for sigsoftmax
 the last factor is :math:`2 - \sigma(z)` (Kanai et al., NeurIPS 2018, equation 12).
 
-Two others do the same where they are faster: :mod:`lit_sigsoftmax.losses.sweeps` for bfloat16 on a CPU, which goes over
-the vocabulary, and the tiles of :mod:`lit_sigsoftmax.losses.compiled`.
+Two other ways to the same losses and gradients are taken where they are faster: :mod:`lit_sigsoftmax.losses.sweeps`
+goes over the vocabulary, and makes logits twice, and :mod:`lit_sigsoftmax.losses.compiled` has the tiles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
 from lit_sigsoftmax.losses import compiled, sweeps, triton_backend
-from lit_sigsoftmax.losses.gemm import bfloat16_pays, linear
+from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
@@ -100,10 +100,10 @@ def losses_and_gradients(
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False):
-        if any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
-            return _by_tiles(layer, rows, target, counted, tensors, wanted, row_weight)
         if not any(layer.penalty) and sweeps.serves(weight, layer.dtype, layer.log_g):
             return _by_sweeps(layer, target, counted, tensors, wanted, row_weight)
+        if any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
+            return _by_tiles(layer, rows, target, counted, tensors, wanted, row_weight)
         sums = _Sums(layer, tensors, wanted)
         nll = hidden.new_empty(len(target), dtype=layer.precision)
         for tokens in _chunks(layer, hidden, weight, sums.way, any(wanted)):
@@ -176,7 +176,7 @@ def _rows_of_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> int:
     chunk, (vocab_size, size) = _rows_of_chunk(layer, len(hidden), weight, "tiles"), weight.shape
     few = max(chunk, _least(layer, weight)) <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
     sums_are_small = 4 * torch.get_num_threads() * size <= vocab_size  # of each thread, beside the logits
-    worthwhile = few and sums_are_small and not (layer.in_half and bfloat16_pays())  # then sweeps are shorter
+    worthwhile = few and sums_are_small
     return chunk if worthwhile and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype) else 0
 
 
@@ -219,21 +219,24 @@ def _by_sweeps(
     hidden, weight, bias, log_prior, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    _, experts, size = hidden.shape
-    log_prior = None if log_prior is None else log_prior.to(layer.precision)
+    experts, size = hidden.shape[1:]
     of_hidden, of_weight, of_bias, of_prior, *_ = gradients = no_gradients(layer, tensors, wanted)
-    of_rows = None if of_hidden is None else of_hidden.to(layer.precision).view(-1, size)
+    nll = hidden.new_empty(len(target), dtype=layer.precision)
+    for tokens in sweeps.groups(len(target), experts):
+        rows, of_expert = hidden[tokens].reshape(-1, size), target[tokens].repeat_interleave(experts)
+        of_rows = None if of_hidden is None else of_hidden[tokens].to(layer.precision).view(-1, size)
+        prior = None if log_prior is None else log_prior[tokens].to(layer.precision)
 
-    def weigh(expert_nll: Tensor) -> tuple[Tensor, Tensor]:
-        nll, share = _combine(log_prior, row_weight, 0, expert_nll)
-        if of_prior is not None:
-            of_prior.copy_(-share)
-        return nll, share.reshape(-1).contiguous()
+        def weigh(expert_nll: Tensor, tokens: slice = tokens, prior: Tensor | None = prior) -> tuple[Tensor, Tensor]:
+            nll, share = _combine(prior, row_weight[tokens], 0, expert_nll)
+            if of_prior is not None:
+                of_prior[tokens] = -share
+            return nll, share.reshape(-1).contiguous()
 
-    rows, of_expert = hidden.reshape(-1, size), target.repeat_interleave(experts)
-    nll = sweeps.losses_and_gradients(rows, weight, bias, of_expert, layer.log_g, weigh, [of_rows, of_weight, of_bias])
-    if of_hidden is not None and of_rows is not None and of_hidden.dtype != of_rows.dtype:
-        of_hidden.view(-1, size).copy_(of_rows)
+        sums = [of_rows, of_weight, of_bias]
+        nll[tokens] = sweeps.losses_and_gradients(rows, weight, bias, of_expert, layer.log_g, weigh, sums)
+        if of_hidden is not None and of_rows is not None:
+            of_hidden[tokens] = of_rows.view(-1, experts, size)
     return nll.where(counted, 0.0), gradients
 
 
@@ -331,7 +334,7 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
     if log_prior is None:
         return expert_nll, factor[start : start + len(expert_nll)].unsqueeze(-1)
     first, n = start // log_prior.shape[1], len(expert_nll) // log_prior.shape[1]
-    log_prior, expert_nll = log_prior[first : first + n], expert_nll.view(n, -1)
+    log_prior, expert_nll = log_prior[first : first + n], expert_nll.view(n, log_prior.shape[1])
     nll = mix(log_prior, expert_nll)
     share = torch.exp(log_prior - expert_nll + nll.unsqueeze(-1))
     factor = factor[first : first + n].unsqueeze(-1)

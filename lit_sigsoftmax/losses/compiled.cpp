@@ -63,49 +63,50 @@ void score_rows(float* logits, const int64_t* target, float* nll, int64_t rows, 
     }
 }
 
-// The same for logits that come in bands of the vocabulary, columns from `first` on, in bfloat16. First the sums of
-// g(z) / g(peak) as both grow from band to band, and the target's logit, ...
-template <class Activation>
-void add_band(const uint16_t* logits, const int64_t* target, float* peak, double* sum, float* of_target, int64_t rows,
-              int64_t columns, int64_t first, int threads) {
+// Some rows of bfloat16, each given to visit in float32 with its index, in a buffer of the thread.
+template <class Visit>
+void for_each_row(const uint16_t* logits, int64_t rows, int64_t columns, int threads, Visit visit) {
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> row(columns);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t j = 0; j < columns; ++j) row[j] = from_bfloat16(logits[i * columns + j]);
-            const float higher = std::max(peak[i], largest(row.data(), columns));
-            if (higher > peak[i]) {
-                sum[i] *= std::exp(Activation::log_g(peak[i]) - Activation::log_g(higher));
-                peak[i] = higher;
-            }
-            const int64_t place = target[i] - first;
-            if (place >= 0 && place < columns) of_target[i] = row[place];
-            sum[i] += total<Activation, false>(row.data(), columns, higher);
+            visit(i, row.data());
         }
     }
+}
+
+// The same for logits that come in bands of the vocabulary, columns from `first` on, in bfloat16. First the sums of
+// g(z) / g(peak) as both grow from band to band, and the target's logit, ...
+template <class Activation>
+void add_band(const uint16_t* logits, const int64_t* target, float* peak, double* sum, float* of_target, int64_t rows,
+              int64_t columns, int64_t first, int threads) {
+    for_each_row(logits, rows, columns, threads, [=](int64_t i, float* row) {
+        const float higher = std::max(peak[i], largest(row, columns));
+        if (higher > peak[i]) {
+            sum[i] *= std::exp(Activation::log_g(peak[i]) - Activation::log_g(higher));
+            peak[i] = higher;
+        }
+        const int64_t place = target[i] - first;
+        if (place >= 0 && place < columns) of_target[i] = row[place];
+        sum[i] += total<Activation, false>(row, columns, higher);
+    });
 }
 
 // ... then, with what these have come to, the derivative of each row's loss, times the row's weight.
 template <class Activation>
 void differentiate_band(uint16_t* logits, const int64_t* target, const float* peak, const double* sum,
                         const float* row_weight, int64_t rows, int64_t columns, int64_t first, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> row(columns);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; ++i) {
-            uint16_t* const out = logits + i * columns;
-            for (int64_t j = 0; j < columns; ++j) row[j] = from_bfloat16(out[j]);
-            const int64_t place = target[i] - first;
-            const bool here = place >= 0 && place < columns;
-            const double slope = here ? Activation::slope(row[place]) : 0;
-            total<Activation, true>(row.data(), columns, peak[i]);
-            const float scale = static_cast<float>(row_weight[i] / sum[i]);
-            if (here) row[place] -= static_cast<float>(slope * sum[i]);
-            for (int64_t j = 0; j < columns; ++j) out[j] = to_bfloat16(row[j] * scale);
-        }
-    }
+    for_each_row(logits, rows, columns, threads, [=](int64_t i, float* row) {
+        const int64_t place = target[i] - first;
+        const bool here = place >= 0 && place < columns;
+        const double slope = here ? Activation::slope(row[place]) : 0;
+        total<Activation, true>(row, columns, peak[i]);
+        if (here) row[place] -= static_cast<float>(slope * sum[i]);
+        const float scale = static_cast<float>(row_weight[i] / sum[i]);
+        for (int64_t j = 0; j < columns; ++j) logits[i * columns + j] = to_bfloat16(row[j] * scale);
+    });
 }
 
 }  // namespace

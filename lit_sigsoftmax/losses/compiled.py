@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_sigsoftmax.activations import Activation
+from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.losses.reduction import check_targets
 from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
@@ -53,7 +53,7 @@ def available() -> bool:
 
 
 def serves(activation: str | None) -> bool:
-    """Whether :func:`score_and_differentiate` knows the activation of this name; ``None`` is a custom one."""
+    """Whether :func:`score_and_differentiate` and :class:`Bands` know this name's activation; None is a custom one."""
     return activation is not None and hasattr(_library(), f"rows_{activation}")
 
 
@@ -121,12 +121,9 @@ class Bands:
         """Take logits, shape (n, m), contiguous, of the types from ``first`` on."""
         self._call("add_band", logits, self.target, self.peak, self.sum, self.of_target, first=first)
 
-    def losses(self, log_g: Activation) -> Tensor:
-        """Return the rows' losses in nats, shape (n,), float32, when all bands have been taken.
-
-        Args:
-            log_g: The output activation that ``activation`` names.
-        """
+    def losses(self) -> Tensor:
+        """Return the rows' losses in nats, shape (n,), float32, when all bands have been taken."""
+        log_g = get_activation(self.activation)
         return (self.sum.log() + log_g(self.peak.double()) - log_g(self.of_target.double())).float()
 
     def differentiate(self, logits: Tensor, first: int, row_weight: Tensor) -> None:
@@ -134,6 +131,8 @@ class Bands:
         self._call("differentiate_band", logits, self.target, self.peak, self.sum, row_weight, first=first)
 
     def _call(self, name: str, *tensors: Tensor, first: int) -> None:
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        assert tensors[0].dtype == torch.bfloat16
         getattr(_library(), f"{name}_{self.activation}")(
             *map(_pointer, tensors),
             *map(ctypes.c_int64, (*tensors[0].shape, first)),

@@ -1,8 +1,9 @@
-"""Matrix products of the loss: on CPU in float32 through oneDNN where that is the faster library.
+"""Matrix products of the loss, and which of them are the faster ones on this machine.
 
-PyTorch sends float32 products to one BLAS library, which is slow on some processors. oneDNN, which PyTorch brings
-along, is reached by an operator that is not public: it is used only where it exists and was the faster one on this
-machine. That is measured once and kept in the user's cache, so that every run on the machine computes the same bits.
+PyTorch sends float32 products on a CPU to one BLAS library, which is slow on some processors. oneDNN, which PyTorch
+brings along, is reached by an operator that is not public: it is used only where it exists and was the faster one. So
+with bfloat16. What is faster is measured once and kept in the user's cache, so that every run on the machine computes
+the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
-__all__ = ["aligned_rows", "linear", "uses_onednn"]
+__all__ = ["aligned_rows", "bfloat16_pays", "linear", "uses_onednn"]
 
 _ROWS, _INNER, _COLUMNS = 128, 256, 8192  # of the measured product, like a chunk of the loss
 _ALIGNED = 32  # numbers of 16 bits
@@ -68,7 +69,7 @@ def uses_onednn() -> bool:
     """
     if not _onednn_works():
         return False
-    choice = os.environ.get(_VARIABLE) or _faster("gemm", {"onednn": _onednn, "torch": F.linear})
+    choice = os.environ.get(_VARIABLE) or _faster("gemm", {"onednn": _onednn, "torch": F.linear}, "torch")
     if choice not in ("onednn", "torch"):
         raise ValueError(f"{_VARIABLE} is 'onednn' or 'torch', not {choice!r}")
     return choice == "onednn"
@@ -80,7 +81,7 @@ def bfloat16_pays() -> bool:
 
     So it does with matrix units for bfloat16. A measurement made once on this machine says it.
     """
-    return _faster("bfloat16", {"bfloat16": _in_bfloat16, "float32": linear}) == "bfloat16"
+    return _faster("bfloat16", {"bfloat16": _in_bfloat16, "float32": linear}, "float32") == "bfloat16"
 
 
 def _in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,8 +100,8 @@ def _onednn_works() -> bool:
         return False
 
 
-def _faster(question: str, ways: Mapping[str, Product]) -> str:
-    """The faster way, as measured when the question was first asked on this machine; the last where none is kept."""
+def _faster(question: str, ways: Mapping[str, Product], default: str) -> str:
+    """The faster way, as measured when the question was first asked on this machine."""
     machine = " ".join((torch.__version__, platform.machine(), _processor()))
     path = cache_dir() / f"{question}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.txt"
     try:
@@ -110,7 +111,7 @@ def _faster(question: str, ways: Mapping[str, Product]) -> str:
                     file.write(_measure(ways).encode())
             return path.read_text()
     except OSError:  # nowhere to write, so nowhere to stay the same
-        return list(ways)[-1]
+        return default
 
 
 def _processor() -> str:
