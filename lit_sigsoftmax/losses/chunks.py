@@ -221,22 +221,26 @@ def _by_sweeps(
     assert weight is not None
     experts, size = hidden.shape[1:]
     of_hidden, of_weight, of_bias, of_prior, *_ = gradients = no_gradients(layer, tensors, wanted)
-    nll = hidden.new_empty(len(target), dtype=layer.precision)
-    for tokens in sweeps.groups(len(target), experts):
-        rows, of_expert = hidden[tokens].reshape(-1, size), target[tokens].repeat_interleave(experts)
-        of_rows = None if of_hidden is None else of_hidden[tokens].to(layer.precision).view(-1, size)
-        prior = None if log_prior is None else log_prior[tokens].to(layer.precision)
 
-        def weigh(expert_nll: Tensor, tokens: slice = tokens, prior: Tensor | None = prior) -> tuple[Tensor, Tensor]:
+    def losses_of(tokens: slice) -> Tensor:
+        def weigh(expert_nll: Tensor) -> tuple[Tensor, Tensor]:
+            prior = None if log_prior is None else log_prior[tokens].to(layer.precision)
             nll, share = _combine(prior, row_weight[tokens], 0, expert_nll)
             if of_prior is not None:
                 of_prior[tokens] = -share
             return nll, share.reshape(-1).contiguous()
 
+        rows, of_expert = hidden[tokens].reshape(-1, size), target[tokens].repeat_interleave(experts)
+        of_rows = None if of_hidden is None else of_hidden[tokens].to(layer.precision).view(-1, size)
         sums = [of_rows, of_weight, of_bias]
-        nll[tokens] = sweeps.losses_and_gradients(rows, weight, bias, of_expert, layer.log_g, weigh, sums)
-        if of_hidden is not None and of_rows is not None:
+        nll = sweeps.losses_and_gradients(rows, weight, bias, of_expert, layer.log_g, weigh, sums)
+        if of_hidden is not None and of_rows is not None:  # the same where it is float32
             of_hidden[tokens] = of_rows.view(-1, experts, size)
+        return nll
+
+    nll = hidden.new_empty(len(target), dtype=layer.precision)
+    for tokens in sweeps.groups(len(target), experts):
+        nll[tokens] = losses_of(tokens)
     return nll.where(counted, 0.0), gradients
 
 
