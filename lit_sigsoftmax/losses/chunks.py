@@ -101,14 +101,12 @@ def losses_and_gradients(
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False):
         if not any(layer.penalty) and sweeps.serves(weight, layer.dtype, layer.log_g):
-            return _by_sweeps(layer, target, counted, tensors, wanted, row_weight)
-        if any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
-            return _by_tiles(layer, rows, target, counted, tensors, wanted, row_weight)
-        sums = _Sums(layer, tensors, wanted)
-        nll = hidden.new_empty(len(target), dtype=layer.precision)
-        for tokens in _chunks(layer, hidden, weight, sums.way, any(wanted)):
-            nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
-    return nll.where(counted, 0.0), sums.gradients
+            nll, gradients = _by_sweeps(layer, target, tensors, wanted, row_weight)
+        elif any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
+            nll, gradients = _by_tiles(layer, rows, target, tensors, wanted, row_weight)
+        else:
+            nll, gradients = _by_chunks(layer, target, tensors, wanted, row_weight)
+    return nll.where(counted, 0.0), gradients
 
 
 def scaled_gradients(
@@ -184,7 +182,6 @@ def _by_tiles(
     layer: Layer,
     chunk: int,
     target: Tensor,
-    counted: Tensor,
     tensors: Sequence[Tensor | None],
     wanted: Sequence[bool],
     row_weight: Tensor,
@@ -205,16 +202,11 @@ def _by_tiles(
         wanted=wanted[:3],
     )
     of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype).unsqueeze(1)
-    return nll.where(counted, 0.0), [of_hidden, *others, *[None] * (len(tensors) - 3)]
+    return nll, [of_hidden, *others, *[None] * (len(tensors) - 3)]
 
 
 def _by_sweeps(
-    layer: Layer,
-    target: Tensor,
-    counted: Tensor,
-    tensors: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    row_weight: Tensor,
+    layer: Layer, target: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], row_weight: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     hidden, weight, bias, log_prior, *_ = tensors
     assert hidden is not None
@@ -241,7 +233,20 @@ def _by_sweeps(
     nll = hidden.new_empty(len(target), dtype=layer.precision)
     for tokens in sweeps.groups(len(target), experts):
         nll[tokens] = losses_of(tokens)
-    return nll.where(counted, 0.0), gradients
+    return nll, gradients
+
+
+def _by_chunks(
+    layer: Layer, target: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], row_weight: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    hidden, weight, *_ = tensors
+    assert hidden is not None
+    assert weight is not None
+    sums = _Sums(layer, tensors, wanted)
+    nll = hidden.new_empty(len(target), dtype=layer.precision)
+    for tokens in _chunks(layer, hidden, weight, sums.way, any(wanted)):
+        nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
+    return nll, sums.gradients
 
 
 class _Sums:
