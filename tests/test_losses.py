@@ -11,6 +11,7 @@ from fork_helpers import free_port
 from references import FORMULAS, log_probabilities
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -367,21 +368,45 @@ def test_transforms_are_refused():
     for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
         with pytest.raises(RuntimeError, match=r"torch.func transforms.*backend='reference'"):
             transform(lambda w: linear_cross_entropy(hidden, w, target, bias, backend="chunked"))(weight)
+    with pytest.raises(RuntimeError, match=r"torch.func transforms.*backend='reference'"):
+        torch.func.vmap(lambda h: linear_cross_entropy(h, weight, target, bias, backend="chunked"))(hidden[None])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("carrier", [0, 1, 2])
+@pytest.mark.parametrize("activation", ["sigsoftmax", lambda z: 2 * z])
+def test_forward_mode_is_refused(activation, carrier, trained):
+    inputs, target = layer()
+    inputs = [x.detach().requires_grad_(trained) for x in inputs]
+    with forward_ad.dual_level():
+        inputs[carrier] = forward_ad.make_dual(inputs[carrier].detach(), torch.ones_like(inputs[carrier]))
+        hidden, weight, bias = inputs
+        with pytest.raises(RuntimeError, match=r"no forward mode.*backend='reference'"):
+            linear_cross_entropy(hidden, weight, target, bias, activation=activation, backend="chunked")
 
 
 @pytest.mark.slow
 def test_forward_mode_is_refused_inside_a_compiled_model():
     (hidden, weight, bias), target = (x if isinstance(x, torch.Tensor) else [y.detach() for y in x] for x in layer())
 
-    def derivative(hidden):
-        def step(hidden):
-            return linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax")
+    def step(hidden):
+        return linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax")
 
+    def derivative(hidden):
         return torch.func.jvp(step, (hidden,), (torch.ones_like(hidden),))[1]
 
-    torch.compiler.reset()
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        torch.compile(derivative, backend="eager")(hidden)
+    def tangent_within(hidden):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(step(forward_ad.make_dual(hidden, torch.ones_like(hidden)))).tangent
+
+    for function in (derivative, tangent_within):
+        torch.compiler.reset()
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.compile(function, backend="eager")(hidden)
+    compiled_step = torch.compile(step, backend="eager")
+    compiled_step(hidden)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="first derivatives only"):
+        compiled_step(forward_ad.make_dual(hidden, torch.ones_like(hidden)))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from references import KEEP_EVERY_TOKEN_POSSIBLE, probabilities
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -401,6 +402,22 @@ def test_second_derivatives_name_the_reference():
     )
     with pytest.raises(RuntimeError, match="backend='reference'"):
         torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@needs_triton
+def test_transforms_and_forward_mode_name_the_reference():
+    hidden, weight, bias, target = (x.detach() for x in make(4, 9, 3))
+
+    def loss(weight):
+        log_g = get_activation("softmax")
+        return triton_linear_cross_entropy(hidden, weight, target, bias, log_g, ignore_index=-100, reduction="mean")
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.vmap):
+        given = weight[None] if transform is torch.func.vmap else weight
+        with pytest.raises(RuntimeError, match=r"torch.func transforms.*backend='reference'"):
+            transform(loss)(given)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"no forward mode.*backend='reference'"):
+        loss(forward_ad.make_dual(weight, torch.ones_like(weight)))
 
 
 @needs_triton

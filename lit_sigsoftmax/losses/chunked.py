@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, derivative_of
 from lit_sigsoftmax.losses import operator
-from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, losses_and_gradients, scaled_gradients
+from lit_sigsoftmax.losses.chunks import Layer, losses_and_gradients, scaled_gradients
+from lit_sigsoftmax.losses.limits import FIRST_ONLY, FirstOnly, applied
 from lit_sigsoftmax.losses.pointwise import Penalty
 from lit_sigsoftmax.losses.reduction import reduce
 
@@ -39,7 +40,7 @@ def chunked(
 
     Raises:
         IndexError: A target is out of bounds, on a CPU.
-        RuntimeError: A second derivative or a transform of ``torch.func`` is asked for.
+        RuntimeError: A second derivative, forward mode, or a transform of ``torch.func`` is asked for.
     """
     layer = Layer(log_g, ignore_index, Penalty(label_smoothing, z_loss), product_dtype(hidden, weight))
     experts = hidden if log_prior is not None else hidden.unsqueeze(1)
@@ -53,15 +54,10 @@ def _loss(layer: Layer, target: Tensor, *tensors: Tensor | None) -> Tensor:
     differentiable, weight = torch.is_grad_enabled(), tensors[1]
     assert weight is not None
     held = _held_tensors(layer.log_g, weight, layer.precision) if differentiable else []
-    try:
-        return _Chunked.apply(layer, differentiable, target, *tensors, *held)
-    except RuntimeError as error:
-        if "functorch" in str(error):
-            raise RuntimeError(FIRST_ONLY) from error
-        raise
+    return applied(_Chunked, layer, differentiable, target, *tensors, *held)
 
 
-class _Chunked(torch.autograd.Function):
+class _Chunked(FirstOnly):
     """Losses (N,) of hidden (N, K, d)."""
 
     @staticmethod

@@ -30,9 +30,7 @@ from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
-__all__ = ["FIRST_ONLY", "Layer", "losses_and_gradients", "no_gradients", "scaled_gradients"]
-
-FIRST_ONLY = "the chunked loss has first derivatives only, and no torch.func transforms: use backend='reference'"
+__all__ = ["Layer", "losses_and_gradients", "no_gradients", "scaled_gradients"]
 
 # A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
 _SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "general": 12.5}

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lit_sigsoftmax.activations import get_activation, name_of
-from lit_sigsoftmax.losses.chunks import FIRST_ONLY, Layer, losses_and_gradients, no_gradients, scaled_gradients
+from lit_sigsoftmax.losses.chunks import Layer, losses_and_gradients, no_gradients, scaled_gradients
+from lit_sigsoftmax.losses.limits import FIRST_ONLY
 from lit_sigsoftmax.losses.pointwise import Penalty
 
 __all__ = ["token_losses"]
@@ -39,7 +40,9 @@ def token_losses(
         RuntimeError: A tensor carries a tangent, of forward mode.
     """
     tensors = (hidden, weight, bias, log_prior)
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    # Traced tensors do not show the tangents of a level that was entered outside; that there is one is not public.
+    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in tensors if tensor is not None)
+    if getattr(forward_ad, "_current_level", -1) >= 0 or any(tangent is not None for tangent in tangents):
         raise RuntimeError(FIRST_ONLY)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     named = (str(name_of(layer.log_g)), layer.ignore_index, *layer.penalty, layer.dtype)

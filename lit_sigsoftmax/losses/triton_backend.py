@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses.gemm import aligned_rows
+from lit_sigsoftmax.losses.limits import FIRST_ONLY, FirstOnly, applied
 from lit_sigsoftmax.losses.reduction import mix, reduce
 
 __all__ = ["available", "refusal", "score_and_differentiate", "serves", "tf32_allowed", "triton_linear_cross_entropy"]
@@ -153,10 +154,10 @@ def score_and_differentiate(logits: Tensor, target: Tensor, log_g: Activation, d
 
 
 def _token_loss(*args: Any) -> Tensor:  # torch.compiler.disable takes no built-in method
-    return _TokenLoss.apply(*args)
+    return applied(_TokenLoss, *args)
 
 
-class _TokenLoss(torch.autograd.Function):
+class _TokenLoss(FirstOnly):
     @staticmethod
     def forward(
         ctx: Any,
@@ -175,10 +176,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the loss backend 'triton' has first derivatives alone (create_graph asks for second ones): "
-                "choose backend='reference'"
-            )
+            raise RuntimeError(FIRST_ONLY)
         hidden, weight, bias, *statistics = ctx.saved_tensors
         of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
         d_hidden = None
