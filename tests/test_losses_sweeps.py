@@ -9,7 +9,7 @@ from references import FORMULAS
 from test_losses_compiled import COMPILER, LOGITS, draw
 
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import compiled, gemm, sweeps
+from lit_sigsoftmax.losses import chunks, compiled, gemm, sweeps
 from lit_sigsoftmax.losses.compiled import Bands, score_and_differentiate
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: no {COMPILER}")
@@ -28,7 +28,7 @@ def bands(monkeypatch):
 
     monkeypatch.setattr(compiled, "Bands", Counted)
     monkeypatch.setattr(sweeps, "_types", lambda *shape: 32)
-    monkeypatch.setattr(sweeps, "_ROWS", 64)
+    monkeypatch.setattr(sweeps, "ROWS", 64)
     monkeypatch.setattr(sweeps, "bfloat16_pays", lambda: True)
     return seen
 
@@ -248,7 +248,7 @@ def test_few_rows_and_large_ones_make_wide_bands(rows, size, types, monkeypatch)
     [(0, 3, []), (64, 1, [64]), (65, 1, [33, 32]), (5, 100, [1] * 5), (40, 3, [20, 20])],
 )
 def test_groups_are_nearly_equal(tokens, experts, lengths):
-    assert [len(range(tokens)[group]) for group in sweeps.groups(tokens, experts)] == lengths
+    assert [len(range(tokens)[group]) for group in chunks._groups(tokens, experts, 64)] == lengths
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def _by_sweeps(
         return nll
 
     nll = hidden.new_empty(len(target), dtype=layer.precision)
-    for tokens in sweeps.groups(len(target), experts):
+    for tokens in _groups(len(target), experts, sweeps.ROWS):
         nll[tokens] = losses_of(tokens)
     return nll, gradients
 
@@ -354,9 +354,13 @@ def _chunks(layer: Layer, hidden: Tensor, weight: Tensor, way: str, differentiat
     # Without gradients little else is held: as many as the products are fastest with.
     alone = on_cpu and not differentiated
     size = _most(layer, rows, weight) if alone else _rows_of_chunk(layer, rows, weight, way)
-    step = -(-tokens // max(1, -(-rows // size)))  # nearly equal: a small rest costs like a chunk
-    if not on_cpu:
-        step = -(-step * experts // _TILE) * _TILE // experts
+    return _groups(tokens, experts, size, 1 if on_cpu else _TILE)
+
+
+def _groups(tokens: int, experts: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """Tokens of up to so many rows at a time, or the next multiple: nearly equal, a small rest costs like a whole."""
+    step = -(-tokens // max(1, -(-tokens * experts // most)))
+    step = -(-step * experts // multiple) * multiple // experts
     return (slice(start, start + step) for start in range(0, tokens, max(1, step)))
 
 

@@ -29,7 +29,7 @@ _ROWS, _INNER, _COLUMNS = 128, 256, 8192  # of the measured product, like a chun
 _ALIGNED = 32  # numbers of 16 bits
 _VARIABLE = "LIT_SIGSOFTMAX_GEMM"
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ def _onednn_works() -> bool:
         return False
 
 
-def _faster(question: str, ways: Mapping[str, Product], default: str) -> str:
+def _faster(question: str, ways: Mapping[str, _Product], default: str) -> str:
     """The faster way, as measured when the question was first asked on this machine."""
     machine = " ".join((torch.__version__, platform.machine(), _processor()))
     path = cache_dir() / f"{question}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.txt"
@@ -122,7 +122,7 @@ def _processor() -> str:
     return " ".join(sorted({line for line in lines if line.startswith(("model", "cpu family", "flags"))}))
 
 
-def _measure(ways: Mapping[str, Product]) -> str:
+def _measure(ways: Mapping[str, _Product]) -> str:
     x, weight = _numbers(_ROWS, _INNER), _numbers(_COLUMNS, _INNER)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(9):

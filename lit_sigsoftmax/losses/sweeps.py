@@ -9,7 +9,7 @@ three. But they, and the compiled pass between them, are in the cache, and where
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from lit_sigsoftmax.activations import Activation, name_of
 from lit_sigsoftmax.losses import compiled
 from lit_sigsoftmax.losses.gemm import bfloat16_pays, linear
 
-__all__ = ["groups", "losses_and_gradients", "serves"]
+__all__ = ["ROWS", "losses_and_gradients", "serves"]
 
-_ROWS = 2048  # taken at a time, at the most
+ROWS = 2048
+"""That :func:`losses_and_gradients` should be given at a time, at the most."""
+
 _SHARE = 20  # A band has this part of the vocabulary, ...
 _LEAST = 2**18  # or so many logits, where there are few rows, ...
 _OF_SIZE = 1.25  # or this times the hidden size, beside which the sum of hidden's gradient costs little, ...
@@ -30,13 +32,6 @@ _MOST = 2**22  # but no more logits.
 def serves(weight: Tensor, dtype: torch.dtype, log_g: Activation) -> bool:
     """Whether :func:`losses_and_gradients` takes this weight, products of this dtype, and this activation."""
     return weight.is_cpu and dtype == torch.bfloat16 and compiled.serves(name_of(log_g)) and bfloat16_pays()
-
-
-def groups(tokens: int, experts: int) -> Iterator[slice]:
-    """The tokens that :func:`losses_and_gradients` should be given at a time: nearly equal groups."""
-    count = max(1, -(-tokens * experts // _ROWS))
-    step = max(1, -(-tokens // count))
-    return (slice(start, start + step) for start in range(0, tokens, step))
 
 
 def losses_and_gradients(
