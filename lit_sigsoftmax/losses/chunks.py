@@ -33,7 +33,7 @@ from lit_sigsoftmax.losses.reduction import check_targets, mix
 __all__ = ["Layer", "losses_and_gradients", "no_gradients", "scaled_gradients"]
 
 # A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
-_SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "general": 12.5}
+_SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "general": 12}
 _TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
 _MOST = 31 * 2**18  # ... nor more logits: a block of 32 MB glibc takes from the system anew each time
@@ -320,7 +320,7 @@ class _Sums:
 
 def _block(logits: Tensor) -> int:
     """Rows that are differentiated at a time; several copies of them are held on the way."""
-    return max(len(logits) // 8, _LEAST_BLOCK_ON_GPU // logits.shape[1] if logits.is_cuda else 0)
+    return max(-(-len(logits) // 9), _LEAST_BLOCK_ON_GPU // logits.shape[1] if logits.is_cuda else 0)
 
 
 def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "general"]:

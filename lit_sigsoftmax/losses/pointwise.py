@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lit_sigsoftmax.activations import Activation, derivative_of, name_of
 
@@ -125,30 +126,34 @@ def _block(
     z = logits.detach().requires_grad_(by_autograd)
     with torch.set_grad_enabled(by_autograd):
         scores = log_g(z)
-    s = scores.detach()
-    slope = torch.softmax(s, -1)
-    peak, log_total = s.amax(-1), -slope.amax(-1).log()  # relative to the peak: large scores cost no digits
+    graph = get_gradient_edge(scores) if by_autograd else None
+    scores = scores.detach()
     smoothing, z_loss = penalty
-    loss = log_total - (1 - smoothing) * (s.gather(-1, index).squeeze(-1) - peak)
+    lse = torch.logsumexp(scores, -1) if z_loss else None
+    log_p = torch.log_softmax(scores, -1)
+    del scores  # where the graph does not need them, their memory is free
+    loss = (smoothing - 1) * log_p.gather(-1, index).squeeze(-1)
     if smoothing:
-        loss = loss - smoothing * (s - peak.unsqueeze(-1)).mean(-1)
-    if z_loss:
-        lse = peak + log_total
+        loss = loss - smoothing * log_p.mean(-1)
+    if lse is not None:
         loss = loss + z_loss * lse.square()
-        slope.mul_((1 + 2 * z_loss * lse).unsqueeze(-1))
     if not gradient:
         return loss, ()
+    slope = log_p.exp_()
+    if lse is not None:
+        slope.mul_((1 + 2 * z_loss * lse).unsqueeze(-1))
     slope.scatter_add_(-1, index, slope.new_full(index.shape, smoothing - 1))
     if smoothing:
         slope.sub_(smoothing / slope.shape[-1])
-    if derivative is not None:
+    if graph is None:
+        assert derivative is not None
         torch.mul(slope, derivative(logits), out=logits)
         return loss, ()
     of_parameters: Sequence[Tensor] = ()
     if weigh is not None and parameters:
         weighted = slope * weigh(loss).unsqueeze(-1)
-        of_parameters = torch.autograd.grad(scores, parameters, weighted, retain_graph=True)
-    (own,) = torch.autograd.grad(scores, z, slope)  # of all rows at once: log_g is elementwise
+        of_parameters = torch.autograd.grad(graph, parameters, weighted, retain_graph=True)
+    (own,) = torch.autograd.grad(graph, z, slope)  # of all rows at once: log_g is elementwise
     logits.copy_(own)
     return loss, of_parameters
 
