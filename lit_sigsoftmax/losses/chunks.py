@@ -98,12 +98,12 @@ def losses_and_gradients(
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False):
+        found = None
         if not any(layer.penalty) and sweeps.serves(weight, layer.dtype, layer.log_g):
-            nll, gradients = _by_sweeps(layer, target, tensors, wanted, row_weight)
+            found = _by_sweeps(layer, target, tensors, wanted, row_weight)
         elif any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
-            nll, gradients = _by_tiles(layer, rows, target, tensors, wanted, row_weight)
-        else:
-            nll, gradients = _by_chunks(layer, target, tensors, wanted, row_weight)
+            found = _by_tiles(layer, rows, target, tensors, wanted, row_weight)
+        nll, gradients = found or _by_chunks(layer, target, tensors, wanted, row_weight)
     return nll.where(counted, 0.0), gradients
 
 
@@ -205,14 +205,14 @@ def _by_tiles(
 
 def _by_sweeps(
     layer: Layer, target: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], row_weight: Tensor
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None]] | None:
     hidden, weight, bias, log_prior, *_ = tensors
     assert hidden is not None
     assert weight is not None
     experts, size = hidden.shape[1:]
     of_hidden, of_weight, of_bias, of_prior, *_ = gradients = no_gradients(layer, tensors, wanted)
 
-    def losses_of(tokens: slice) -> Tensor:
+    def losses_of(tokens: slice) -> Tensor | None:
         def weigh(expert_nll: Tensor) -> tuple[Tensor, Tensor]:
             prior = None if log_prior is None else log_prior[tokens].to(layer.precision)
             nll, share = _combine(prior, row_weight[tokens], 0, expert_nll)
@@ -230,7 +230,10 @@ def _by_sweeps(
 
     nll = hidden.new_empty(len(target), dtype=layer.precision)
     for tokens in _groups(len(target), experts, sweeps.ROWS):
-        nll[tokens] = losses_of(tokens)
+        losses = losses_of(tokens)
+        if losses is None:
+            return None
+        nll[tokens] = losses
     return nll, gradients
 
 

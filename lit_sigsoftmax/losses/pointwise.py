@@ -1,24 +1,25 @@
 """From logits to losses and their derivative: the part of the loss between its matrix products.
 
 Three ways, from the fastest to the most general: a closed form that shares its exponentials, for the cache of a
-processor, which makes its passes cheap; the derivative that the activation was registered with; and autograd within a
-block of rows. Two more do it in one pass: :mod:`lit_sigsoftmax.losses.compiled` on a CPU, and on a GPU
+processor, which makes its passes cheap (:class:`Bands` is the same for rows that come piece by piece); the derivative
+that the activation was registered with; and autograd within a block of rows. Two more do it in one pass:
+:mod:`lit_sigsoftmax.losses.compiled` on a CPU, and on a GPU
 :func:`lit_sigsoftmax.losses.triton_backend.score_and_differentiate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lit_sigsoftmax.activations import Activation, derivative_of, name_of
+from lit_sigsoftmax.activations import Activation, derivative_of, get_activation, name_of
 
-__all__ = ["Penalty", "Pointwise", "closed_form", "general", "has_closed_form"]
+__all__ = ["Bands", "Penalty", "Pointwise", "closed_form", "general", "has_closed_form"]
 
 
 class Penalty(NamedTuple):
@@ -68,13 +69,65 @@ def closed_form(logits: Tensor, target: Tensor, log_g: Activation, gradient: boo
     assert derivative is not None
     of_target = logits.gather(-1, index)
     total = torch.cat([form.total(block, gradient) for block in logits.chunk(_BLOCKS)])
-    most = torch.finfo(total.dtype).max ** 0.75  # what is between it and the end is for rows' weights
-    if not bool(((total > 1 / most) & (total < most)).all()):
+    if not _far_from_the_end(total):
         return None
     if gradient:
         logits.scatter_add_(-1, index, derivative(of_target) / -form.factor * total)
     loss = total.double().log() - log_g(of_target.double())  # both may be large
     return Pointwise(loss.to(total.dtype).squeeze(-1), (form.factor / total).squeeze(-1))
+
+
+class Bands:
+    """The closed form for rows whose logits come in bands of the vocabulary: :class:`compiled.Bands` in PyTorch.
+
+    Args:
+        target: Shape (n,), int64, each below V.
+        activation: A registered name that :func:`has_closed_form` accepts.
+    """
+
+    def __init__(self, target: Tensor, activation: str) -> None:
+        self.target, self.log_g, self.form = target, get_activation(activation), _CLOSED_FORMS[activation]
+        self.total = torch.zeros_like(target, dtype=torch.float32).unsqueeze(-1)
+        self.of_target = torch.zeros_like(target, dtype=torch.float64)
+
+    def add(self, logits: Tensor, first: int) -> None:
+        """Take logits, shape (n, m), of half precision, of the types from ``first`` on."""
+        for rows, block in _blocks_of(logits):
+            self.total[rows] += self.form.total(block.float(), False)
+        row, column = self._targets(logits, first)
+        self.of_target[row] = logits[row, column].double()
+
+    def losses(self) -> Tensor | None:
+        """Return the rows' losses, shape (n,), float32, when all bands have been taken; None as the closed form."""
+        if not _far_from_the_end(self.total):
+            return None
+        return self._loss.float()
+
+    def differentiate(self, logits: Tensor, first: int, row_weight: Tensor) -> None:
+        """Overwrite a band with the derivatives of the losses' sum weighted by ``row_weight``: (n,), float32."""
+        scale = self.form.factor / self.total * row_weight.unsqueeze(-1)
+        for rows, block in _blocks_of(logits):
+            z = block.float()
+            self.form.total(z, True)
+            block.copy_(z.mul_(scale[rows]))
+        row, column = self._targets(logits, first)
+        logits[row, column] = (self._slope * row_weight)[row].to(logits.dtype)
+
+    @cached_property
+    def _loss(self) -> Tensor:
+        return self.total.squeeze(-1).double().log() - self.log_g(self.of_target)
+
+    @cached_property
+    def _slope(self) -> Tensor:
+        """Of the losses in the targets' logits."""
+        derivative = derivative_of(self.log_g)
+        assert derivative is not None
+        return (derivative(self.of_target) * torch.expm1(-self._loss)).float()
+
+    def _targets(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        column = self.target - first
+        row = ((column >= 0) & (column < logits.shape[1])).nonzero().squeeze(-1)
+        return row, column[row]
 
 
 def general(
@@ -159,6 +212,18 @@ def _block(
 
 
 _BLOCKS = 5  # of a chunk's rows: what a pass needs beside the logits is held for one at a time
+_BLOCK_OF_BAND = 2**17  # logits, for the same reason
+
+
+def _blocks_of(band: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    rows = max(1, _BLOCK_OF_BAND // band.shape[1])
+    for start in range(0, len(band), rows):
+        yield slice(start, start + rows), band[start : start + rows]
+
+
+def _far_from_the_end(total: Tensor) -> bool:
+    most = torch.finfo(total.dtype).max ** 0.75  # what is between it and the end is for rows' weights
+    return bool(((total > 1 / most) & (total < most)).all())
 
 
 class _Form(NamedTuple):

@@ -3,7 +3,8 @@
 Chunks of tokens need the whole weight in bfloat16, which alone may be more than an eighth of the logits. Here the
 vocabulary is outermost: a band of the weight is rounded when its turn comes, and forgotten. The sums of g run over the
 whole vocabulary, so the logits are made twice, first for these and then for the derivatives: four products instead of
-three. But they, and the compiled pass between them, are in the cache, and where such products are quick that counts.
+three. But they, and the pass between them, compiled or not, are in the cache, and where such products are quick that
+counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
-from lit_sigsoftmax.losses import compiled
+from lit_sigsoftmax.losses import compiled, pointwise
 from lit_sigsoftmax.losses.gemm import bfloat16_pays, linear
 
 __all__ = ["ROWS", "losses_and_gradients", "serves"]
@@ -24,14 +25,15 @@ ROWS = 2048
 """That :func:`losses_and_gradients` should be given at a time, at the most."""
 
 _SHARE = 20  # A band has this part of the vocabulary, ...
-_LEAST = 2**18  # or so many logits, where there are few rows, ...
+_LEAST = 7 * 2**16  # or so many logits, where there are few rows, ...
 _OF_SIZE = 1.25  # or this times the hidden size, beside which the sum of hidden's gradient costs little, ...
 _MOST = 2**22  # but no more logits.
 
 
 def serves(weight: Tensor, dtype: torch.dtype, log_g: Activation) -> bool:
     """Whether :func:`losses_and_gradients` takes this weight, products of this dtype, and this activation."""
-    return weight.is_cpu and dtype == torch.bfloat16 and compiled.serves(name_of(log_g)) and bfloat16_pays()
+    known = compiled.serves(name_of(log_g)) or pointwise.has_closed_form(name_of(log_g))
+    return weight.is_cpu and dtype == torch.bfloat16 and known and bfloat16_pays()
 
 
 def losses_and_gradients(
@@ -42,7 +44,7 @@ def losses_and_gradients(
     log_g: Activation,
     weigh: Callable[[Tensor], tuple[Tensor, Tensor]],
     gradients: Sequence[Tensor | None],
-) -> Tensor:
+) -> Tensor | None:
     """Return the losses of tokens, and add to the gradients of their weighted sum.
 
     Args:
@@ -53,9 +55,13 @@ def losses_and_gradients(
         log_g: The output activation.
         weigh: From the losses of rows, (n,), to those of tokens and the weights of rows, both float32.
         gradients: Of rows, weight and bias, float32; None where not wanted.
+
+    Returns:
+        None, with nothing added, where the closed form does not serve (:func:`pointwise.closed_form`).
     """
     rows = rows.to(torch.bfloat16)
-    bands = compiled.Bands(target, str(name_of(log_g)))
+    name = str(name_of(log_g))
+    bands = compiled.Bands(target, name) if compiled.serves(name) else pointwise.Bands(target, name)
     steps = range(0, len(weight), _types(len(rows), rows.shape[1], len(weight)))
 
     def band(first: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +72,10 @@ def losses_and_gradients(
     for first in steps:
         part, logits = band(first)
         bands.add(logits, first)
-    nll, row_weight = weigh(bands.losses())
+    losses = bands.losses()
+    if losses is None:
+        return None
+    nll, row_weight = weigh(losses)
     of_rows, of_weight, of_bias = gradients
     for first in reversed(steps) if any(gradient is not None for gradient in gradients) else ():
         if first != steps[-1]:  # the last band is still there
