@@ -18,6 +18,7 @@ from lit_sigsoftmax import OutputHead
 from lit_sigsoftmax.activations import ActivationSpec, available_activations
 from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import compiled, gemm
+from lit_sigsoftmax.losses.pointwise import has_closed_form
 
 __all__ = ["Candidate", "Inputs", "Size", "Step", "candidates", "inputs_of", "products"]
 
@@ -90,15 +91,19 @@ def candidates(size: Size, device: torch.device) -> list[Candidate]:
         found.append(Candidate("torch's chunked softmax", "stock softmax", _training(torchs)))
     naive = functools.partial(linear_cross_entropy, activation="sigsoftmax", backend="reference")
     found.append(Candidate("naive sigsoftmax", "stock softmax", _training(naive)))
-    for name in available_activations():
-        step = _training(functools.partial(linear_cross_entropy, activation=name))
-        found += _both(name, "stock softmax", step, device, "sigsoftmax")
+    found += _registered(
+        "", "stock softmax", lambda name: _training(functools.partial(linear_cross_entropy, activation=name)), device
+    )
     users = functools.partial(linear_cross_entropy, activation=lambda z: z + F.logsigmoid(z))
     found.append(Candidate("a lambda, sigsoftmax's", "stock softmax", _training(users), "sigsoftmax"))
     sigsoftmax = functools.partial(linear_cross_entropy, activation="sigsoftmax")
     softmax = functools.partial(linear_cross_entropy, activation="softmax")
     bfloat16 = functools.partial(torch.autocast, device.type, torch.bfloat16)
-    for kind, of in (("bfloat16", functools.partial(_training, context=bfloat16)), ("evaluation", _evaluation)):
+    for kind, of in (
+        ("bfloat16", functools.partial(_training, context=bfloat16)),
+        ("evaluation", _evaluation),
+        ("evaluation in bfloat16", functools.partial(_evaluation, context=bfloat16)),
+    ):
         baseline = f"{kind}: stock softmax"
         found.append(Candidate(baseline, baseline, of(_stock)))
         found += _both(f"{kind}: sigsoftmax", baseline, of(sigsoftmax), device)
@@ -167,10 +172,12 @@ def _training(
     return make
 
 
-def _evaluation(loss: _Loss) -> Callable[[Inputs], Step]:
+def _evaluation(
+    loss: _Loss, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Callable[[Inputs], Step]:
     def make(inputs: Inputs) -> Step:
         def step() -> Sequence[Tensor]:
-            with torch.no_grad():
+            with torch.no_grad(), context():
                 loss(inputs.hidden, inputs.weight, inputs.target)
             return ()
 
@@ -199,9 +206,20 @@ def _mixture(activation: ActivationSpec, naive: bool = False) -> Callable[[Input
 
 def _mixtures(device: torch.device) -> list[Candidate]:
     baseline = "naive mixture of sigsoftmaxes"
-    found = [Candidate(baseline, baseline, _mixture("sigsoftmax", naive=True))]
+    naive = Candidate(baseline, baseline, _mixture("sigsoftmax", naive=True))
+    return [naive, *_registered("mixture, ", baseline, _mixture, device)]
+
+
+def _registered(
+    kind: str, baseline: str, of: Callable[[str], Callable[[Inputs], Step]], device: torch.device
+) -> list[Candidate]:
+    """Every registered activation, and without a compiler where it would be compiled."""
+    found = []
     for name in available_activations():
-        found += _both(f"mixture, {name}", baseline, _mixture(name), device, "mixture, sigsoftmax")
+        if has_closed_form(name):
+            found += _both(f"{kind}{name}", baseline, of(name), device, f"{kind}sigsoftmax")
+        else:
+            found.append(Candidate(f"{kind}{name}", baseline, of(name), f"{kind}sigsoftmax"))
     return found
 
 

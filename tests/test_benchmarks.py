@@ -46,6 +46,7 @@ def test_loss_compares_every_activation(tmp_path):
     output, (plain, mixture) = run_benchmark("loss.py", *sizes, "--repeats=2", "--memory-repeats=1", cwd=tmp_path)
     names = {c["name"] for c in plain["candidates"]}
     every = {f"{name}{suffix}" for name in available_activations() for suffix in ("", ", no compiler")}
+    every |= {"softcap"}
     assert every | {"stock softmax", "naive sigsoftmax", "bfloat16: sigsoftmax", "evaluation: sigsoftmax"} < names
     assert {f"mixture, {name}" for name in every} < {c["name"] for c in mixture["candidates"]}
     for result in (plain, mixture):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -257,11 +258,45 @@ def test_the_logits_never_exist_whole(activation, experts, gradient, monkeypatch
     head = OutputHead(hidden_size, VOCAB, activation, experts)
     hidden = torch.randn(rows // experts, hidden_size)
     target = torch.randint(VOCAB, (rows // experts,))
+    gemm.uses_onednn()  # measures products of its own, once
     with torch.set_grad_enabled(gradient), LargestTensor() as largest:
         nll = head.nll(hidden, target)
         if gradient:
             nll.mean().backward()
     assert largest.elements <= (rows / 8 if gradient else 192) * VOCAB
+
+
+def test_scores_are_let_go_of_before_the_graph_is_run():
+    held = []
+
+    class Score(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return 2 * z
+
+        @staticmethod
+        def backward(ctx, gradient):
+            held.append(scores() is not None)
+            return 2 * gradient
+
+    def log_g(z):
+        nonlocal scores
+        out = Score.apply(z)
+        scores = weakref.ref(out)
+        return out
+
+    scores = None
+    inputs, target = layer()
+    loss_and_gradients(inputs, target, "chunked", activation=log_g)
+    assert held
+    assert not any(held)
+
+
+@pytest.mark.parametrize("log_g", [torch.zeros_like, torch.Tensor.detach])
+def test_an_activation_that_cuts_the_graph_is_refused(log_g):
+    inputs, target = layer()
+    with pytest.raises(ValueError, match="does not depend on its input"):
+        linear_cross_entropy(inputs[0], inputs[1], target, inputs[2], activation=log_g, backend="chunked")
 
 
 def test_frozen_inputs_cost_no_product(monkeypatch):

@@ -206,6 +206,7 @@ def _by_tiles(
 def _by_sweeps(
     layer: Layer, target: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], row_weight: Tensor
 ) -> tuple[Tensor, list[Tensor | None]] | None:
+    """None where some logits are too far from zero without a compiler: what has been added up is of no use then."""
     hidden, weight, bias, log_prior, *_ = tensors
     assert hidden is not None
     assert weight is not None

@@ -179,15 +179,21 @@ def _block(
     z = logits.detach().requires_grad_(by_autograd)
     with torch.set_grad_enabled(by_autograd):
         scores = log_g(z)
+    if by_autograd and not scores.requires_grad:
+        raise ValueError(
+            "the output activation's result does not depend on its input, as far as autograd sees (a constant, "
+            "detach() or no_grad() in it?), so nothing could be learnt: mend it, or register it with its derivative"
+        )
     graph = get_gradient_edge(scores) if by_autograd else None
     scores = scores.detach()
     smoothing, z_loss = penalty
-    lse = torch.logsumexp(scores, -1) if z_loss else None
+    peak = scores.amax(-1) if z_loss else None
     log_p = torch.log_softmax(scores, -1)
     del scores  # where the graph does not need them, their memory is free
     loss = (smoothing - 1) * log_p.gather(-1, index).squeeze(-1)
     if smoothing:
         loss = loss - smoothing * log_p.mean(-1)
+    lse = None if peak is None else peak - log_p.amax(-1)
     if lse is not None:
         loss = loss + z_loss * lse.square()
     if not gradient:
@@ -227,9 +233,10 @@ def _far_from_the_end(total: Tensor) -> bool:
 
 
 class _Form(NamedTuple):
-    """From a block of logits (n, V) to the sum of g over each row, shape (n, 1).
+    """From logits (n, m) of some rows and types to the sum of g over each row, shape (n, 1).
 
-    The derivatives of g, divided by ``factor``, take the place of the logits.
+    The derivatives of g, divided by ``factor``, take the place of the logits. Sums of parts are added up, so neither
+    may depend on other logits of the row, as on a maximum.
     """
 
     total: Callable[[Tensor, bool], Tensor]
