@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_sigsoftmax import OutputHead
 from lit_sigsoftmax.activations import available_activations, derivative_of, get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled, gemm, sweeps
+from lit_sigsoftmax.losses import chunks, compiled, gemm, sizes, sweeps
 
 N, HIDDEN, VOCAB = 90, 6, 40
 WAYS = ["compiled", "closed form", "general"]
@@ -31,8 +31,8 @@ every_activation = pytest.mark.parametrize("name", available_activations())
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 32 rows, the last one shorter."""
-    monkeypatch.setattr(chunks, "_LEAST", 1)
-    monkeypatch.setattr(chunks, "_ROWS", 32)
+    monkeypatch.setattr(sizes, "_LEAST", 1)
+    monkeypatch.setattr(sizes, "_ROWS", 32)
 
 
 @pytest.fixture(params=WAYS)
@@ -253,7 +253,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("activation", [*available_activations(), lambda z: z.square()])
 def test_the_logits_never_exist_whole(activation, experts, gradient, monkeypatch):
-    monkeypatch.setattr(chunks, "_ROWS", 192)
+    monkeypatch.setattr(sizes, "_ROWS", 192)
     rows, hidden_size = 1200, 2
     head = OutputHead(hidden_size, VOCAB, activation, experts)
     hidden = torch.randn(rows // experts, hidden_size)
@@ -450,10 +450,9 @@ def test_forward_mode_is_refused_inside_a_compiled_model():
 @pytest.mark.parametrize("vocab_size", [3, 10_000, 2**26])
 @pytest.mark.parametrize("differentiated", [True, False])
 def test_chunks_are_all_tokens_once(kind, tokens, experts, vocab_size, differentiated):
-    layer = chunks.Layer(get_activation("softmax"), -100, chunks.Penalty(), torch.float32)
     with FakeTensorMode():
         hidden, weight = torch.empty(tokens, experts, 8, device=kind), torch.empty(vocab_size, 8, device=kind)
-    slices = list(chunks._chunks(layer, hidden, weight, "general", differentiated))
+    slices = list(sizes.of_chunks(hidden, weight, "general", False, differentiated))
     assert [token for part in slices for token in range(tokens)[part]] == list(range(tokens))
 
 

@@ -8,7 +8,7 @@ from references import FORMULAS
 from test_losses_compiled import LOGITS, draw, exact, needs_compiler
 
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled, gemm, pointwise, sweeps
+from lit_sigsoftmax.losses import chunks, compiled, gemm, pointwise, sizes, sweeps
 
 every_activation = pytest.mark.parametrize("name", FORMULAS)
 
@@ -284,7 +284,7 @@ def test_few_rows_and_large_ones_make_wide_bands(rows, size, types):
     [(0, 3, []), (64, 1, [64]), (65, 1, [33, 32]), (5, 100, [1] * 5), (40, 3, [20, 20])],
 )
 def test_groups_are_nearly_equal(tokens, experts, lengths):
-    assert [len(range(tokens)[group]) for group in chunks._groups(tokens, experts, 64)] == lengths
+    assert [len(range(tokens)[group]) for group in sizes.groups(tokens, experts, 64)] == lengths
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import torch
 from references import FORMULAS, log_probabilities
 from test_losses_compiled import COMPILER
 
-from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled, sweeps
+from lit_sigsoftmax.losses import compiled, sizes, sweeps
 from lit_sigsoftmax.losses.compiled import serves_tiles, tiled_losses_and_gradients
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: no {COMPILER}")
@@ -36,7 +35,7 @@ def calls(monkeypatch):
         seen.append(kwargs["chunk"])
         return tiled_losses_and_gradients(*args, **kwargs)
 
-    monkeypatch.setattr(chunks, "_LEAST", 1)
+    monkeypatch.setattr(sizes, "_LEAST", 1)
     monkeypatch.setattr(sweeps, "bfloat16_pays", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(compiled, "tiled_losses_and_gradients", count)
@@ -244,9 +243,7 @@ def test_what_is_served(name, hidden, weight, dtype, served):
 def test_when_tiles_are_taken(n, size, vocab_size, threads, tiled, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    layer = chunks.Layer(get_activation("sigsoftmax"), -100, chunks.Penalty(), torch.float32)
-    hidden, weight = torch.empty(n, 1, size), torch.empty(vocab_size, size)
-    assert bool(chunks._rows_of_tiles(layer, [hidden, weight, None, None])) == tiled
+    assert bool(sizes.of_tiles(n, torch.empty(vocab_size, size), in_half=False)) == tiled
 
 
 @pytest.mark.parametrize("n", [700, 760, 816])
@@ -254,8 +251,8 @@ def test_when_tiles_are_taken(n, size, vocab_size, threads, tiled, monkeypatch):
 def test_a_chunk_holds_an_eighth_of_the_logits(n, size, vocab_size, threads, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    layer = chunks.Layer(get_activation("sigsoftmax"), -100, chunks.Penalty(), torch.float32)
-    rows = chunks._rows_of_chunk(layer, n, torch.empty(vocab_size, size), "tiles")
+    rows = sizes.of_tiles(n, torch.empty(vocab_size, size), in_half=False)
+    assert rows
     held = rows * (vocab_size + size + threads * size)  # logits, rows, and each thread's gradient of them
     assert held <= n * vocab_size / 8
 

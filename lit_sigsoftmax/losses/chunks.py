@@ -15,8 +15,7 @@ goes over the vocabulary, and makes logits twice, and :mod:`lit_sigsoftmax.losse
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -25,25 +24,14 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
-from lit_sigsoftmax.losses import compiled, sweeps, triton_backend
+from lit_sigsoftmax.losses import compiled, sizes, sweeps, triton_backend
 from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
 __all__ = ["Layer", "losses_and_gradients", "no_gradients", "scaled_gradients"]
 
-# A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
-_SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "general": 12}
-_TILE = 128  # rows that a GPU's product takes at a time
-_ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
-_MOST = 31 * 2**18  # ... nor more logits: a block of 32 MB glibc takes from the system anew each time
 _TYPES = 4096  # of the vocabulary, whose half-precision product is held before it is added
-_LEAST, _LEAST_ON_GPU = 2**18, 2**25  # logits of the smallest chunk
-# ... nor fewer rows on a processor than this part of a hidden vector's size: its products would wait for the weight.
-_OF_SIZE, _OF_SIZE_IN_HALF = 4, 2
-_LANES = 16  # rows of a chunk whose products are compiled too: a multiple, ...
-_TILED_ROWS, _TILED_LOGITS = 128, 2**20  # ... and no more than these: a library is faster with them
-_LEAST_BLOCK_ON_GPU = 2**22  # logits: with fewer it waits for the host
 
 
 @dataclass(frozen=True)
@@ -169,11 +157,8 @@ def _rows_of_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> int:
     assert weight is not None
     if log_prior is not None or held or any(layer.penalty) or not _on_cpu(weight):
         return 0
-    chunk, (vocab_size, size) = _rows_of_chunk(layer, len(hidden), weight, "tiles"), weight.shape
-    few = max(chunk, _least(layer, weight)) <= _TILED_ROWS and chunk * vocab_size <= _TILED_LOGITS
-    sums_are_small = 4 * torch.get_num_threads() * size <= vocab_size  # of each thread, beside the logits
-    worthwhile = few and sums_are_small
-    return chunk if worthwhile and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype) else 0
+    chunk = sizes.of_tiles(len(hidden), weight, layer.in_half)
+    return chunk if chunk and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype) else 0
 
 
 def _by_tiles(
@@ -230,7 +215,7 @@ def _by_sweeps(
         return nll
 
     nll = hidden.new_empty(len(target), dtype=layer.precision)
-    for tokens in _groups(len(target), experts, sweeps.ROWS):
+    for tokens in sizes.groups(len(target), experts, sweeps.ROWS):
         losses = losses_of(tokens)
         if losses is None:
             return None
@@ -246,7 +231,7 @@ def _by_chunks(
     assert weight is not None
     sums = _Sums(layer, tensors, wanted)
     nll = hidden.new_empty(len(target), dtype=layer.precision)
-    for tokens in _chunks(layer, hidden, weight, sums.way, any(wanted)):
+    for tokens in sizes.of_chunks(hidden, weight, sums.way, layer.in_half, any(wanted)):
         nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
     return nll, sums.gradients
 
@@ -315,16 +300,11 @@ class _Sums:
             layer.log_g,
             layer.penalty,
             gradient,
-            block=experts * max(1, _block(logits) // experts),  # whole tokens
+            block=experts * max(1, sizes.of_block(logits) // experts),  # whole tokens
             parameters=self.held,
             weigh=lambda start, loss: combine(start, loss)[1].view(-1),
         )
         return logits, outcome
-
-
-def _block(logits: Tensor) -> int:
-    """Rows that are differentiated at a time; several copies of them are held on the way."""
-    return max(-(-len(logits) // 9), _LEAST_BLOCK_ON_GPU // logits.shape[1] if logits.is_cuda else 0)
 
 
 def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "general"]:
@@ -350,43 +330,6 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
     share = torch.exp(log_prior - expert_nll + nll.unsqueeze(-1))
     factor = factor[first : first + n].unsqueeze(-1)
     return nll, torch.where(factor == 0, 0.0, share * factor)  # an ignored token's own loss may be infinite
-
-
-def _chunks(layer: Layer, hidden: Tensor, weight: Tensor, way: str, differentiated: bool) -> Iterator[slice]:
-    tokens, experts, _ = hidden.shape
-    rows, on_cpu = tokens * experts, _on_cpu(weight)
-    # Without gradients little else is held: as many as the products are fastest with.
-    alone = on_cpu and not differentiated
-    size = _most(layer, rows, weight) if alone else _rows_of_chunk(layer, rows, weight, way)
-    return _groups(tokens, experts, size, 1 if on_cpu else _TILE)
-
-
-def _groups(tokens: int, experts: int, most: int, multiple: int = 1) -> Iterator[slice]:
-    """Tokens of up to so many rows at a time, or the next multiple: nearly equal, a small rest costs like a whole."""
-    step = -(-tokens // max(1, -(-tokens * experts // most)))
-    step = -(-step * experts // multiple) * multiple // experts
-    return (slice(start, start + step) for start in range(0, tokens, max(1, step)))
-
-
-def _rows_of_chunk(layer: Layer, rows: int, weight: Tensor, way: str) -> int:
-    share = _SHARES[way]
-    if way == "tiles":  # beside its logits a chunk holds its rows, and each thread a gradient of them
-        share *= 1 + (1 + torch.get_num_threads()) * weight.shape[1] / len(weight)
-    size = min(max(math.ceil(rows / share), _least(layer, weight, way == "tiles")), _most(layer, rows, weight))
-    return size // _LANES * _LANES if way == "tiles" else size
-
-
-def _least(layer: Layer, weight: Tensor, tiled: bool = False) -> int:
-    vocab_size, size = weight.shape
-    if not _on_cpu(weight):
-        return max(32, _LEAST_ON_GPU // vocab_size)
-    in_half = layer.in_half and not tiled  # whose products are float32
-    of_size = size // (_OF_SIZE_IN_HALF if in_half else _OF_SIZE)
-    return max(32, _LEAST // vocab_size, min(of_size, _MOST // vocab_size))
-
-
-def _most(layer: Layer, rows: int, weight: Tensor) -> int:
-    return max(min(_ROWS, _MOST // len(weight)) if _on_cpu(weight) else rows, _least(layer, weight))
 
 
 def _on_cpu(tensor: Tensor) -> bool:
