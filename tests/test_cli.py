@@ -13,7 +13,7 @@ import yaml
 from cli_helpers import NO_SYSTEM_METRICS, PYTHON_M, QUIET, SCRIPT, SMALL, Store, printed_config, run_process
 from lightning.pytorch import Callback
 
-from lit_sigsoftmax import LanguageModel
+from lit_sigsoftmax import LanguageModel, OutputHead
 from lit_sigsoftmax.cli import main
 from lit_sigsoftmax.data import IGNORE_INDEX
 from lit_sigsoftmax.data.streams import eval_streams
@@ -122,7 +122,13 @@ def test_parameters_are_the_flattened_configuration(again):
 def test_tags_name_layer_data_versions_and_checkpoints(again):
     store, run = again
     tags = run.data.tags
-    layer = {"dataset": "python_docs", "activation": "sigsoftmax", "n_experts": "1", "seed": "3"}
+    layer = {
+        "dataset": "python_docs",
+        "activation": "sigsoftmax",
+        "n_experts": "1",
+        "seed": "3",
+        "loss_backend": "chunked",
+    }
     versions = {f"version.{name}": version(name) for name in ("lit-sigsoftmax", "torch", "lightning", "mlflow")}
     expected = layer | versions | {"version.python": ".".join(map(str, sys.version_info[:3]))}
     assert {key: tags.get(key) for key in expected} == expected
@@ -196,6 +202,15 @@ class Interrupt(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 3:
             raise KeyboardInterrupt
+
+
+def test_the_recorded_loss_is_chosen_where_training_runs(store, monkeypatch):
+    def chosen(head):
+        return f"autocast {torch.is_autocast_enabled('cpu')}, training {head.training}"
+
+    monkeypatch.setattr(OutputHead, "loss_backend", property(chosen))
+    main(["fit", *SMALL, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1"])
+    assert store.run().data.tags["loss_backend"] == "autocast True, training True"
 
 
 def test_a_run_that_raises_is_failed(store):

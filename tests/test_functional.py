@@ -304,6 +304,8 @@ def test_loss_gradients(name, backend, reduction):
         return linear_cross_entropy(hidden, weight, target, bias, activation=name, reduction=reduction, backend=backend)
 
     assert torch.autograd.gradcheck(loss, inputs)
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(loss, inputs)
 
 
 @every_backend

@@ -5,6 +5,7 @@ import sys
 import textwrap
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -292,6 +293,22 @@ def test_scores_are_let_go_of_before_the_graph_is_run():
     assert not any(held)
 
 
+def test_a_parameter_that_only_some_logits_meet():
+    (hidden, weight, bias), target = layer()
+    with torch.no_grad():
+        hidden[45:, 0], weight[:, 0] = 100, 1
+    found = []
+    for backend in ("chunked", "reference"):
+        scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        low = lambda z, s=scale: torch.where(z < 50, s * z, z) if bool((z < 50).any()) else z  # noqa: E731
+        loss = linear_cross_entropy(hidden, weight, target, bias, activation=low, backend=backend)
+        found.append(torch.autograd.grad(loss, (hidden, weight, scale)))
+    torch.testing.assert_close(found[0], found[1])
+    high = lambda z: torch.where(z > 50, scale * z, z) if bool((z > 50).any()) else z  # noqa: E731
+    with pytest.raises(ValueError, match="for some logits and not for zeros"):
+        linear_cross_entropy(hidden, weight, target, bias, activation=high, backend="chunked")
+
+
 @pytest.mark.parametrize("log_g", [torch.zeros_like, torch.Tensor.detach])
 def test_an_activation_that_cuts_the_graph_is_refused(log_g):
     inputs, target = layer()
@@ -418,6 +435,47 @@ def test_forward_mode_is_refused(activation, carrier, trained):
         hidden, weight, bias = inputs
         with pytest.raises(RuntimeError, match=r"no forward mode.*backend='reference'"):
             linear_cross_entropy(hidden, weight, target, bias, activation=activation, backend="chunked")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_forward_mode_by_what_an_activation_holds_is_refused(trained):
+    (hidden, weight, bias), target = layer()
+    with forward_ad.dual_level():
+        scale = forward_ad.make_dual(torch.tensor(2.0, requires_grad=trained), torch.tensor(1.0))
+        with pytest.raises(RuntimeError, match=r"no forward mode.*backend='reference'"):
+            linear_cross_entropy(hidden, weight, target, bias, activation=lambda z: scale * z, backend="chunked")
+
+
+@pytest.mark.parametrize("activation", ["sigsoftmax", lambda z: 2 * z])
+def test_batched_gradients_are_refused(activation):
+    (hidden, weight, bias), target = layer()
+    loss = linear_cross_entropy(hidden, weight, target, bias, activation=activation, backend="chunked")
+    with pytest.raises(RuntimeError, match=r"no batched gradients.*backend='reference'"):
+        torch.autograd.grad(loss * torch.ones(2), hidden, torch.eye(2), is_grads_batched=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["sigsoftmax", lambda z: 2 * z])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+def test_transforms_are_refused_inside_and_around_a_compiled_model(transform, activation):
+    (hidden, weight, bias), target = layer()
+    of = hidden.expand(1, -1, -1) if transform is torch.func.vmap else hidden
+
+    def step(hidden):
+        return linear_cross_entropy(hidden, weight, target, bias, activation=activation)
+
+    for function in (
+        lambda compiled: compiled(transform(step)),
+        lambda compiled: transform(compiled(step)),
+    ):
+        torch.compiler.reset()
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            function(partial(torch.compile, backend="eager"))(of)
+    torch.compiler.reset()
+    compiled_step = torch.compile(step, backend="eager")
+    compiled_step(hidden)  # and so it is there when the transform comes
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        transform(compiled_step)(of)
 
 
 @pytest.mark.slow

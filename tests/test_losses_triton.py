@@ -401,7 +401,9 @@ def test_second_derivatives_name_the_reference():
         hidden, weight, target, bias, get_activation("softmax"), ignore_index=-100, reduction="mean"
     )
     with pytest.raises(RuntimeError, match="backend='reference'"):
-        torch.autograd.grad(loss, hidden, create_graph=True)
+        torch.autograd.grad(loss, hidden, create_graph=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"no batched gradients.*backend='reference'"):
+        torch.autograd.grad(loss * torch.ones(2).to(loss), hidden, torch.eye(2).to(loss), is_grads_batched=True)
 
 
 @needs_triton

@@ -46,8 +46,6 @@ class RunRecorder(SaveConfigCallback):
         params = {key: value for key, value in self.config.as_dict().items() if key != "config"}
         tracker.log_hyperparams({**params, "parameters": count_parameters(pl_module)})
         tracker.log_tags(environment())
-        if isinstance(pl_module, LanguageModel):
-            tracker.log_tags({"loss_backend": pl_module.head.loss_backend})
         _log_corpus(tracker, trainer.datamodule)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,6 +55,13 @@ class RunRecorder(SaveConfigCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best validation perplexity so far."""
         self.best_perplexity = state_dict["best_perplexity"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record which implementation of the loss serves the model on its device and in its precision."""
+        tracker = tracker_of(trainer)
+        if tracker is not None and isinstance(pl_module, LanguageModel):
+            with trainer.precision_plugin.train_step_context():
+                tracker.log_tags({"loss_backend": pl_module.head.loss_backend})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the best validation perplexity."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from lit_sigsoftmax.activations import Activation, derivative_of
 from lit_sigsoftmax.losses import operator
 from lit_sigsoftmax.losses.chunks import Layer, losses_and_gradients, scaled_gradients
-from lit_sigsoftmax.losses.limits import FIRST_ONLY, FirstOnly, applied
-from lit_sigsoftmax.losses.pointwise import Penalty
+from lit_sigsoftmax.losses.limits import FirstOnly, applied, once, refuse_forward_mode
+from lit_sigsoftmax.losses.pointwise import Penalty, leaves
 from lit_sigsoftmax.losses.reduction import reduce
 
 __all__ = ["chunked", "product_dtype"]
@@ -53,6 +53,8 @@ def chunked(
 def _loss(layer: Layer, target: Tensor, *tensors: Tensor | None) -> Tensor:
     differentiable, weight = torch.is_grad_enabled(), tensors[1]
     assert weight is not None
+    if derivative_of(layer.log_g) is None:  # which may hold a tensor with a tangent
+        refuse_forward_mode()
     held = _held_tensors(layer.log_g, weight, layer.precision) if differentiable else []
     return applied(_Chunked, layer, differentiable, target, *tensors, *held)
 
@@ -71,9 +73,8 @@ class _Chunked(FirstOnly):
         return nll
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(FIRST_ONLY)
         target, row_weight, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         found = scaled_gradients(ctx.layer, target, tensors, ctx.wanted, row_weight, gradients, grad)
@@ -94,13 +95,4 @@ def _held_tensors(log_g: Activation, weight: Tensor, precision: torch.dtype) -> 
         return []
     with torch.enable_grad():
         logits = torch.zeros(1, len(weight), dtype=precision, device=weight.device, requires_grad=True)
-        nodes, seen, found = [log_g(logits).grad_fn], set(), []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [parent for parent, _ in node.next_functions]
-        if (leaf := getattr(node, "variable", None)) is not None and leaf is not logits:
-            found.append(leaf)
-    return found
+        return [leaf for leaf in leaves(log_g(logits).grad_fn) if leaf is not logits]

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lit_sigsoftmax.activations import get_activation, name_of
 from lit_sigsoftmax.losses.chunks import Layer, losses_and_gradients, no_gradients, scaled_gradients
-from lit_sigsoftmax.losses.limits import FIRST_ONLY
+from lit_sigsoftmax.losses.limits import FIRST_ONLY, refuse_forward_mode, refuse_transforms
 from lit_sigsoftmax.losses.pointwise import Penalty
 
 __all__ = ["token_losses"]
@@ -37,13 +36,11 @@ def token_losses(
         log_prior: Shape (N, K).
 
     Raises:
-        RuntimeError: A tensor carries a tangent, of forward mode.
+        RuntimeError: Forward mode or a transform of ``torch.func`` is under way.
     """
     tensors = (hidden, weight, bias, log_prior)
-    # Traced tensors do not show the tangents of a level that was entered outside; that there is one is not public.
-    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in tensors if tensor is not None)
-    if getattr(forward_ad, "_current_level", -1) >= 0 or any(tangent is not None for tangent in tangents):
-        raise RuntimeError(FIRST_ONLY)
+    refuse_forward_mode()
+    refuse_transforms()
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     named = (str(name_of(layer.log_g)), layer.ignore_index, *layer.penalty, layer.dtype)
     nll, *_ = _forward(*tensors, target, wanted, *named)

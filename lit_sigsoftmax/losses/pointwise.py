@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from lit_sigsoftmax.activations import Activation, derivative_of, get_activation, name_of
 
-__all__ = ["Bands", "Penalty", "Pointwise", "closed_form", "general", "has_closed_form"]
+__all__ = ["Bands", "Penalty", "Pointwise", "closed_form", "general", "has_closed_form", "leaves"]
 
 
 class Penalty(NamedTuple):
@@ -185,6 +185,13 @@ def _block(
             "detach() or no_grad() in it?), so nothing could be learnt: mend it, or register it with its derivative"
         )
     graph = get_gradient_edge(scores) if by_autograd else None
+    if graph is not None and any(
+        leaf is not z and all(leaf is not p for p in parameters) for leaf in leaves(graph.node)
+    ):
+        raise ValueError(
+            "the output activation uses a tensor with a gradient for some logits and not for zeros, which is where the "
+            "fused loss asks what it uses: use it for all of them, as with torch.where, or use backend='reference'"
+        )
     scores = scores.detach()
     smoothing, z_loss = penalty
     peak = scores.amax(-1) if z_loss else None
@@ -211,10 +218,24 @@ def _block(
     of_parameters: Sequence[Tensor] = ()
     if weigh is not None and parameters:
         weighted = slope * weigh(loss).unsqueeze(-1)
-        of_parameters = torch.autograd.grad(graph, parameters, weighted, retain_graph=True)
+        of_parameters = torch.autograd.grad(graph, parameters, weighted, retain_graph=True, materialize_grads=True)
     (own,) = torch.autograd.grad(graph, z, slope)  # of all rows at once: log_g is elementwise
     logits.copy_(own)
     return loss, of_parameters
+
+
+def leaves(node: Node | None) -> list[Tensor]:
+    """Return the leaf tensors to which a gradient flows from a node of autograd's graph."""
+    nodes, seen, found = [node], set[Node](), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+    return found
 
 
 _BLOCKS = 5  # of a chunk's rows: what a pass needs beside the logits is held for one at a time

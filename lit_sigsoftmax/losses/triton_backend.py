@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses.gemm import aligned_rows
-from lit_sigsoftmax.losses.limits import FIRST_ONLY, FirstOnly, applied
+from lit_sigsoftmax.losses.limits import FirstOnly, applied, once
 from lit_sigsoftmax.losses.reduction import mix, reduce
 
 __all__ = ["available", "refusal", "score_and_differentiate", "serves", "tf32_allowed", "triton_linear_cross_entropy"]
@@ -174,9 +174,8 @@ class _TokenLoss(FirstOnly):
         return nll
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(FIRST_ONLY)
         hidden, weight, bias, *statistics = ctx.saved_tensors
         of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
         d_hidden = None
