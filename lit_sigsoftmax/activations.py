@@ -67,7 +67,8 @@ def register_activation(name: str, derivative: Activation | None = None) -> Call
             function without one, and any ``nn.Module``, is differentiated by autograd, and so are the tensors it holds.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is taken, the derivative is not the function's at some points, or the function changes its
+            input, or holds tensors that want a gradient, which a derivative would keep from them.
 
     Example:
         >>> from lit_sigsoftmax.activations import available_activations, register_activation
@@ -78,12 +79,36 @@ def register_activation(name: str, derivative: Activation | None = None) -> Call
     def register(log_g: _T) -> _T:
         if name in _REGISTRY:
             raise ValueError(f"output activation {name!r} is already registered: choose another name")
-        _REGISTRY[name] = log_g
         if derivative is not None:
+            _check_derivative(name, log_g, derivative)
             _DERIVATIVES[name] = derivative
+        _REGISTRY[name] = log_g
         return log_g
 
     return register
+
+
+def _check_derivative(name: str, log_g: Activation, derivative: Activation) -> None:
+    of = f"output activation {name!r} is registered with a derivative, "
+    if inspect.isclass(log_g):
+        raise ValueError(f"{of}but it is a class, whose modules autograd differentiates: leave the derivative out")
+    z, step = torch.tensor([[-3.7, -1.3, -0.41, 0.23, 0.9, 2.6, 7.1]], dtype=torch.float64, device="cpu"), 1e-6
+    before = z.clone()
+    with torch.enable_grad():
+        try:
+            scores = log_g(z)
+        except RuntimeError:  # not for a CPU or for float64: it cannot be checked here
+            return
+        if scores.requires_grad:
+            raise ValueError(f"{of}but it holds tensors that want a gradient of their own: leave the derivative out")
+    if not torch.equal(z, before):
+        raise ValueError(f"{of}but it changes its input in place: let it return a new tensor")
+    given, slope = derivative(z), (log_g(z + step) - log_g(z - step)) / (2 * step)
+    if given.shape != z.shape or not torch.allclose(given.to(slope), slope, rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            f"{of}which at z = {z.flatten().tolist()} is {given.flatten().tolist()}; the function's is about "
+            f"{[round(number, 4) for number in slope.flatten().tolist()]}"
+        )
 
 
 @register_activation("softmax", derivative=torch.ones_like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -134,7 +135,9 @@ def linear_cross_entropy(
         unequally, or a second backward pass, costs it the whole computation again.
 
     Raises:
-        ValueError: Shapes do not fit, ``reduction`` or ``backend`` is unknown, or a mixture has a penalty.
+        TypeError: ``bias`` is not a tensor.
+        ValueError: Shapes or the target's dtype do not fit, ``reduction`` or ``backend`` is unknown, a penalty is out
+            of its range, or a mixture has one.
         RuntimeError: The backend lacks what is asked for, such as second derivatives; ``"reference"`` has everything.
 
     Example:
@@ -142,6 +145,10 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, weight, target, activation="sigsoftmax").exp()
         tensor(7.0000)
     """
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(
+            f"bias is a tensor or None, not {bias!r}: an activation is given by its keyword, activation=..."
+        )
     mixed = () if log_prior is None else log_prior.shape[-1:]
     fits = weight.dim() == 2 and hidden.shape == (*target.shape, *mixed, weight.shape[1])
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
@@ -157,8 +164,12 @@ def linear_cross_entropy(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
-    if target.dtype != torch.int64 or not 0 <= label_smoothing <= 1:
-        raise ValueError(f"target is int64 and label_smoothing is in [0, 1], not {target.dtype} and {label_smoothing}")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target is int64, not {target.dtype}")
+    if not (0 <= label_smoothing <= 1 and 0 <= z_loss < math.inf):
+        raise ValueError(
+            f"label_smoothing is in [0, 1] and z_loss a weight of 0 or more, not {label_smoothing} and {z_loss}"
+        )
     log_g = get_activation(activation)
     name = resolve_backend(backend, hidden, weight, bias, log_g, penalized=bool(label_smoothing or z_loss))
     loss = BACKENDS[name](

@@ -149,6 +149,26 @@ def test_a_registered_module_class_is_built_anew_for_every_user(registry):
     assert first.by is not second.by
 
 
+SCALE = torch.ones((), requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("log_g", "derivative", "message"),
+    [
+        (lambda z: z + z.tanh(), lambda z: 1 - z.tanh() ** 2, r"which at z = \[-3.7.*the function's is about \[1.0"),
+        (lambda z: 2 * z, lambda z: z.mean(), "which at z"),
+        (lambda z: z.mul_(2), lambda z: torch.full_like(z, 2.0), "changes its input"),
+        (nn.Softplus, torch.sigmoid, "a class.*leave the derivative out"),
+        (lambda z: SCALE * z, torch.ones_like, "holds tensors that want a gradient"),
+    ],
+)
+def test_a_derivative_that_is_not_the_functions_is_refused(log_g, derivative, message, registry):
+    with pytest.raises(ValueError, match=message):
+        register_activation("wrong", derivative=derivative)(log_g)
+    assert "wrong" not in available_activations()
+    register_activation("wrong")(log_g)  # and its name is still free
+
+
 @every_activation
 def test_a_name_is_registered_once(name):
     z = torch.tensor([-1.0, 2.0])

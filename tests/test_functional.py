@@ -449,3 +449,12 @@ def test_unknown_reduction_and_backend():
         linear_cross_entropy(hidden, weight, target, bias, backend="fast")
     with pytest.raises(ValueError, match=r"unknown output activation 'sofmax'.*'softmax'"):
         linear_cross_entropy(hidden, weight, target, bias, activation="sofmax")
+    with pytest.raises(TypeError, match="not 'sigsoftmax': an activation is given by its keyword"):
+        linear_cross_entropy(hidden, weight, target, "sigsoftmax")
+
+
+@pytest.mark.parametrize("penalty", [{"label_smoothing": 1.5}, {"z_loss": -1.0}, {"z_loss": float("nan")}])
+def test_penalties_out_of_their_range(penalty):
+    hidden, weight, bias, target = layer(5)
+    with pytest.raises(ValueError, match=r"label_smoothing is in \[0, 1\] and z_loss a weight of 0 or more"):
+        linear_cross_entropy(hidden, weight, target, bias, **penalty)

@@ -22,6 +22,7 @@ from lit_sigsoftmax import OutputHead
 from lit_sigsoftmax.activations import available_activations, derivative_of, get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import chunks, compiled, gemm, sizes, sweeps
+from lit_sigsoftmax.losses.pointwise import Penalty, general
 
 N, HIDDEN, VOCAB = 90, 6, 40
 WAYS = ["compiled", "closed form", "general"]
@@ -265,6 +266,51 @@ def test_the_logits_never_exist_whole(activation, experts, gradient, monkeypatch
         if gradient:
             nll.mean().backward()
     assert largest.elements <= (rows / 8 if gradient else 192) * VOCAB
+
+
+def test_hooks_of_a_parameter_see_one_gradient():
+    inputs, target = layer()
+    found = []
+    for backend in ("chunked", "reference"):
+        seen = []
+        scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        scale.register_hook(lambda gradient, seen=seen: seen.append(gradient) or 0.1 * gradient)
+        log_g = lambda z, scale=scale: scale * z  # noqa: E731
+        linear_cross_entropy(*inputs[:2], target, inputs[2], activation=log_g, backend=backend).backward()
+        assert len(seen) == 1
+        found.append(scale.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("activation", [lambda z: z + F.logsigmoid(z), lambda z: 30 * torch.tanh(z / 30)])
+def test_what_weighs_nothing_is_no_denormal_number(activation):
+    """Products with denormal numbers take a hundred times as long."""
+    inputs, target = layer(torch.float32, scale=40.0)
+    _, gradients = loss_and_gradients(inputs, target, "chunked", activation=activation)
+    _, expected = loss_and_gradients(inputs, target, "reference", activation=activation)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-3, atol=1e-4)
+    logits = torch.linspace(-150, 0, 500).expand(3, -1).contiguous()
+    general(logits, torch.full((3,), 499), activation, Penalty(), gradient=True, block=3)
+    assert not ((logits != 0) & (logits.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda z: z.sum(-1), r"one by one: given \(1, 40\) it returned \(1,\)"),
+        (lambda z: None, "it returned NoneType"),
+        (lambda z: (z, z), "it returned tuple"),
+        (lambda z: z.mul_(2), "changes its input"),
+    ],
+)
+def test_an_activation_of_the_wrong_kind_is_named(wrong, message):
+    (hidden, weight, bias), target = layer()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        linear_cross_entropy(hidden, weight, target, bias, activation=wrong, backend="chunked")
+    if message.startswith("it"):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            linear_cross_entropy(hidden, weight, target, bias, activation=wrong, backend="chunked")
 
 
 def test_scores_are_let_go_of_before_the_graph_is_run():

@@ -184,7 +184,7 @@ def test_processes_that_start_together_share_one_compilation(fresh):
     assert (fresh / library).stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("switch", [{COMPILE_VARIABLE: "0"}, {"PATH": ""}, {"CXX": "no-such-compiler"}])
+@pytest.mark.parametrize("switch", [{COMPILE_VARIABLE: "0"}, {"PATH": ""}])
 def test_off_without_a_word(switch, fresh, monkeypatch):
     for variable, value in switch.items():
         monkeypatch.setenv(variable, value)
@@ -195,6 +195,19 @@ def test_off_without_a_word(switch, fresh, monkeypatch):
     assert not fresh.exists()
     with pytest.raises(ValueError, match="does not serve"):
         score_and_differentiate(*draw(1, 2), "softmax", differentiate=False)
+
+
+def test_a_compiler_that_is_not_there_is_named(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -pipe")
+    with pytest.warns(UserWarning, match="no compiler CXX='no-such-compiler -pipe'"):
+        assert not available()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiler_may_have_arguments(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", f"env {COMPILER} -pipe")
+    assert serves("softmax")
 
 
 def test_failing_compiler_warns_once(fresh, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from lit_sigsoftmax.activations import Activation, derivative_of
 from lit_sigsoftmax.losses import operator
 from lit_sigsoftmax.losses.chunks import Layer, losses_and_gradients, scaled_gradients
 from lit_sigsoftmax.losses.limits import FirstOnly, applied, once, refuse_forward_mode
-from lit_sigsoftmax.losses.pointwise import Penalty, leaves
+from lit_sigsoftmax.losses.pointwise import Penalty, leaves, scores_of
 from lit_sigsoftmax.losses.reduction import reduce
 
 __all__ = ["chunked", "product_dtype"]
@@ -95,4 +95,4 @@ def _held_tensors(log_g: Activation, weight: Tensor, precision: torch.dtype) -> 
         return []
     with torch.enable_grad():
         logits = torch.zeros(1, len(weight), dtype=precision, device=weight.device, requires_grad=True)
-        return [leaf for leaf in leaves(log_g(logits).grad_fn) if leaf is not logits]
+        return [leaf for leaf in leaves(scores_of(log_g, logits).grad_fn) if leaf is not logits]

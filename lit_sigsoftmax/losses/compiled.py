@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -206,11 +207,16 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
-    if compiler is None or os.name != "posix" or os.environ.get(COMPILE_VARIABLE) == "0":
+    chosen = os.environ.get("CXX")
+    command = shlex.split(chosen or "c++")
+    if os.name != "posix" or os.environ.get(COMPILE_VARIABLE) == "0":
+        return None
+    if shutil.which(command[0]) is None:
+        if chosen:
+            warnings.warn(f"there is no compiler CXX={chosen!r}: PyTorch's operations do the loss", stacklevel=2)
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(_compiled(*command)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(
@@ -221,10 +227,10 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(*compiler: str) -> Path:
     """Compile for this machine, unless that is in the cache, and return the library's path."""
     # What the compiler predefines names its version and every extension of the processor: a home folder may be shared.
-    machine = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    machine = _run(*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
     sources = [source.read_bytes() for source in _SOURCES]
     digest = hashlib.sha256(b"\0".join([*sources, " ".join(_FLAGS).encode(), machine])).hexdigest()
     path = _private(cache_dir() / "compiled") / f"loss-{digest[:16]}.so"
@@ -232,7 +238,7 @@ def _compiled(compiler: str) -> Path:
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 units = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
-                _run(compiler, *_FLAGS, "-shared", *units, "-o", f"{folder}/library.so")
+                _run(*compiler, *_FLAGS, "-shared", *units, "-o", f"{folder}/library.so")
                 with atomic_write(path) as file:
                     file.write(Path(folder, "library.so").read_bytes())
     return path

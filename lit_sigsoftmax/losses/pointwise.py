@@ -10,6 +10,7 @@ that the activation was registered with; and autograd within a block of rows. Tw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from lit_sigsoftmax.activations import Activation, derivative_of, get_activation, name_of
 
-__all__ = ["Bands", "Penalty", "Pointwise", "closed_form", "general", "has_closed_form", "leaves"]
+__all__ = ["Bands", "Penalty", "Pointwise", "closed_form", "general", "has_closed_form", "leaves", "scores_of"]
 
 
 class Penalty(NamedTuple):
@@ -178,7 +179,7 @@ def _block(
     by_autograd = gradient and derivative is None
     z = logits.detach().requires_grad_(by_autograd)
     with torch.set_grad_enabled(by_autograd):
-        scores = log_g(z)
+        scores = scores_of(log_g, z)
     if by_autograd and not scores.requires_grad:
         raise ValueError(
             "the output activation's result does not depend on its input, as far as autograd sees (a constant, "
@@ -205,7 +206,8 @@ def _block(
         loss = loss + z_loss * lse.square()
     if not gradient:
         return loss, ()
-    slope = log_p.exp_()
+    # Probabilities of no weight become 0, or all that follows would compute with denormal numbers, which is slow.
+    slope = torch.threshold_(log_p, _NEGLIGIBLE, -torch.inf).exp_()
     if lse is not None:
         slope.mul_((1 + 2 * z_loss * lse).unsqueeze(-1))
     slope.scatter_add_(-1, index, slope.new_full(index.shape, smoothing - 1))
@@ -218,10 +220,46 @@ def _block(
     of_parameters: Sequence[Tensor] = ()
     if weigh is not None and parameters:
         weighted = slope * weigh(loss).unsqueeze(-1)
-        of_parameters = torch.autograd.grad(graph, parameters, weighted, retain_graph=True, materialize_grads=True)
+        with _unhooked(parameters):  # hooks are for the gradient of all tokens
+            of_parameters = torch.autograd.grad(graph, parameters, weighted, retain_graph=True, materialize_grads=True)
     (own,) = torch.autograd.grad(graph, z, slope)  # of all rows at once: log_g is elementwise
     logits.copy_(own)
     return loss, of_parameters
+
+
+def scores_of(log_g: Activation, logits: Tensor) -> Tensor:
+    """Return ``log_g(logits)``.
+
+    Raises:
+        ValueError: It has another shape, or is no tensor.
+        RuntimeError: ``log_g`` changes its input.
+    """
+    try:
+        scores = log_g(logits)
+    except RuntimeError as error:
+        if "in-place" in str(error):
+            raise RuntimeError("the output activation changes its input: let it return a new tensor") from error
+        raise
+    if not isinstance(scores, Tensor) or scores.shape != logits.shape:
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"an output activation maps logits to scores one by one: given {tuple(logits.shape)} it returned {found}"
+        )
+    return scores
+
+
+@contextmanager
+def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Have the hooks of tensors rest."""
+    hooks = [found for tensor in tensors if (found := getattr(tensor, "_backward_hooks", None))]
+    resting = [dict(of_tensor) for of_tensor in hooks]
+    for of_tensor in hooks:
+        of_tensor.clear()
+    try:
+        yield
+    finally:
+        for of_tensor, rested in zip(hooks, resting, strict=True):
+            of_tensor.update(rested)
 
 
 def leaves(node: Node | None) -> list[Tensor]:
@@ -238,6 +276,7 @@ def leaves(node: Node | None) -> list[Tensor]:
     return found
 
 
+_NEGLIGIBLE = -64.0  # e^-64 is 1e-28
 _BLOCKS = 5  # of a chunk's rows: what a pass needs beside the logits is held for one at a time
 _BLOCK_OF_BAND = 2**17  # logits, for the same reason
 
