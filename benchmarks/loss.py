@@ -18,7 +18,17 @@ from typing import Any
 
 import torch
 from candidates import Candidate, Inputs, Size, Step, candidates, inputs_of, products
-from measure import Quartiles, alternate, extra_memory, in_child, machine, quartiles, ratios, table
+from measure import (
+    Quartiles,
+    alternate,
+    extra_memory,
+    in_child,
+    keep_freed_memory,
+    machine,
+    quartiles,
+    ratios,
+    table,
+)
 from torch import Tensor
 
 from lit_sigsoftmax.activations import register_activation
@@ -46,6 +56,7 @@ def main() -> None:
         for size in options.sizes
     }
     torch.set_num_threads(threads)
+    keep_freed_memory()
     facts = {**machine(device), "compiled_pass": compiled.available()}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     results = []
@@ -64,13 +75,19 @@ def _softcap(logits: Tensor) -> Tensor:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=_size, nargs="+", default=SIZES, metavar="N,d,V[,K]")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of timing; 0 for none")
-    parser.add_argument("--memory-repeats", type=int, default=3, help="processes for each candidate; 0 for none")
+    parser.add_argument("--repeats", type=_count, default=7, help="rounds of timing; 0 for none")
+    parser.add_argument("--memory-repeats", type=_count, default=3, help="processes for each candidate; 0 for none")
     parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="candidates beside the baselines")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where every measurement is written")
     return parser.parse_args()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number of repetitions is 0 or more, not {text!r}")
+    return int(text)
 
 
 def _size(text: str) -> Size:
@@ -82,6 +99,8 @@ def _size(text: str) -> Size:
 
 def _choose(known: list[Candidate], only: re.Pattern[str] | str) -> list[Candidate]:
     wanted = [c for c in known if re.search(only, c.name)]
+    if not wanted:
+        raise SystemExit(f"--only matches none of {', '.join(c.name for c in known)}")
     needed = {name for c in wanted for name in (c.name, c.baseline, c.peer)}
     return [c for c in known if c.name in needed]
 

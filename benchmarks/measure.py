@@ -16,10 +16,21 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Quartiles", "alternate", "extra_memory", "in_child", "in_order", "machine", "quartiles", "ratios", "table"]
+__all__ = [
+    "Quartiles",
+    "alternate",
+    "extra_memory",
+    "in_child",
+    "in_order",
+    "keep_freed_memory",
+    "machine",
+    "quartiles",
+    "ratios",
+    "table",
+]
 
 _T = TypeVar("_T")
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Quartiles(NamedTuple):
@@ -67,6 +78,18 @@ def alternate(steps: Mapping[str, Callable[[], object]], repeats: int, device: t
         if number:
             seconds[name].append(elapsed)
     return seconds
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, as it comes to do where one step is run again and again.
+
+    With many steps in one process it depends on the others whether a step's memory is given back to the system, and its
+    pages paid for anew each time. Blocks of 32 MB and more are always given back.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def in_order(names: Iterable[str], repeats: int) -> Iterator[tuple[int, str]]:

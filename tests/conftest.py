@@ -72,3 +72,12 @@ def store(workplace):
     """A working directory with an empty store, which is the default one."""
     with workplace() as store:
         yield store
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of activations that forgets what a test registers."""
+    from lit_sigsoftmax import activations
+
+    for name in ("_REGISTRY", "_DERIVATIVES"):
+        monkeypatch.setattr(activations, name, dict(getattr(activations, name)))

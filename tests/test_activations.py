@@ -10,17 +10,10 @@ from mpmath import mpf
 from references import FORMULAS, KEEP_EVERY_TOKEN_POSSIBLE, LINEAR_IN_LOG_SPACE, press_rank
 from torch import nn
 
-from lit_sigsoftmax import activations
 from lit_sigsoftmax.activations import activation_spec, available_activations, get_activation, register_activation
 from lit_sigsoftmax.functional import linear_cross_entropy, log_normalize
 
 every_activation = pytest.mark.parametrize("name", available_activations())
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    """A registry that forgets what a test registers."""
-    monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))
 
 
 @pytest.fixture

@@ -84,6 +84,19 @@ def test_loss_refuses_other_sizes(size, scripts, monkeypatch, capsys):
     assert f"a size is N,d,V or N,d,V,K, all positive, not '{size}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--repeats=-1", "0 or more, not '-1'"), ("--only=nobody", "matches none of stock softmax, ")],
+)
+def test_loss_refuses_what_it_cannot_measure(option, message, scripts, monkeypatch, capsys, registry):
+    from loss import main
+
+    monkeypatch.setattr(sys, "argv", ["loss.py", "--sizes", "20,8,50", option])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert message in f"{exit_.value} {capsys.readouterr().err}"
+
+
 @pytest.mark.parametrize("n_experts", [1, 3])
 def test_candidates_of_one_distribution_have_the_same_gradients(n_experts, scripts):
     from candidates import Size, candidates, inputs_of
