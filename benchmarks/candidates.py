@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_sigsoftmax import OutputHead
-from lit_sigsoftmax.activations import ActivationSpec, available_activations
+from lit_sigsoftmax.activations import ActivationSpec, available_activations, get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import compiled, gemm
-from lit_sigsoftmax.losses.pointwise import has_closed_form
+from lit_sigsoftmax.losses.pointwise import shares_exponentials
 
 __all__ = ["Candidate", "Inputs", "Size", "Step", "candidates", "inputs_of", "products"]
 
@@ -216,7 +216,7 @@ def _registered(
     """Every registered activation, and without a compiler where it would be compiled."""
     found = []
     for name in available_activations():
-        if has_closed_form(name):
+        if shares_exponentials(get_activation(name)):
             found += _both(f"{kind}{name}", baseline, of(name), device, f"{kind}sigsoftmax")
         else:
             found.append(Candidate(f"{kind}{name}", baseline, of(name), f"{kind}sigsoftmax"))

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from lit_sigsoftmax import OutputHead
 from lit_sigsoftmax.activations import available_activations, derivative_of, get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled, gemm, sizes, sweeps
+from lit_sigsoftmax.losses import chunks, compiled, gemm, pointwise, sizes, sweeps
 from lit_sigsoftmax.losses.pointwise import Penalty, general
 
 N, HIDDEN, VOCAB = 90, 6, 40
-WAYS = ["compiled", "closed form", "general"]
+WAYS = ["compiled", "closed form", "derivative", "general"]
 
 every_activation = pytest.mark.parametrize("name", available_activations())
 
@@ -45,8 +45,12 @@ def way(request, monkeypatch):
         name = chunks.name_of(layer.log_g)
         if request.param == "compiled" and layer.precision == torch.float32 and compiled.serves(name):
             return "compiled"
-        return "closed form" if request.param == "closed form" and chunks.has_closed_form(name) else "general"
+        if request.param == "closed form" and chunks.shares_exponentials(layer.log_g):
+            return "closed form"
+        return "derivative" if request.param == "derivative" and chunks.has_closed_form(layer.log_g) else "general"
 
+    if request.param == "derivative":
+        monkeypatch.setattr(pointwise, "_CLOSED_FORMS", {})
     monkeypatch.setattr(chunks, "_way", choose)
     monkeypatch.setattr(sweeps, "serves", lambda *layer: False)
     return request.param

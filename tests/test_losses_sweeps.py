@@ -7,13 +7,14 @@ import torch
 from references import FORMULAS
 from test_losses_compiled import LOGITS, draw, exact, needs_compiler
 
+from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import chunks, compiled, gemm, pointwise, sizes, sweeps
 
 every_activation = pytest.mark.parametrize("name", FORMULAS)
 
 
-@pytest.fixture(params=[pytest.param("compiled", marks=needs_compiler), "no compiler"])
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_compiler), "closed form", "derivative"])
 def bands(request, monkeypatch):
     """Bands of 32 types of up to 64 rows, in blocks of 20, and how many there were."""
     seen = []
@@ -25,6 +26,8 @@ def bands(request, monkeypatch):
             super().add(logits, first)
 
     monkeypatch.setattr(module, "Bands", Counted)
+    if request.param == "derivative":
+        monkeypatch.setattr(pointwise, "_CLOSED_FORMS", {})
     monkeypatch.setattr(compiled, "serves", lambda name: module is compiled and name in FORMULAS)
     monkeypatch.setattr(pointwise, "_BLOCK_OF_BAND", 20 * 32)
     monkeypatch.setattr(sweeps, "_types", lambda *shape: 32)
@@ -35,7 +38,7 @@ def bands(request, monkeypatch):
 
 def by_bands(logits, target, name, edges, row_weight=None):
     """The losses of bfloat16 logits, and the derivatives, as they come in bands between the edges."""
-    rows = (compiled if compiled.serves(name) else pointwise).Bands(target, name)
+    rows = compiled.Bands(target, name) if compiled.serves(name) else pointwise.Bands(target, get_activation(name))
     for start, end in pairwise(edges):
         rows.add(logits[:, start:end].contiguous(), start)
     losses = rows.losses()

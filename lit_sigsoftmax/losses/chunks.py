@@ -26,7 +26,14 @@ from torch import Tensor
 from lit_sigsoftmax.activations import Activation, name_of
 from lit_sigsoftmax.losses import compiled, sizes, sweeps, triton_backend
 from lit_sigsoftmax.losses.gemm import linear
-from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, closed_form, general, has_closed_form
+from lit_sigsoftmax.losses.pointwise import (
+    Penalty,
+    Pointwise,
+    closed_form,
+    general,
+    has_closed_form,
+    shares_exponentials,
+)
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
 __all__ = ["Layer", "losses_and_gradients", "no_gradients", "scaled_gradients"]
@@ -289,7 +296,7 @@ class _Sums:
         if self.way == "triton":
             loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
             return logits, Pointwise(loss)
-        if self.way == "closed form":
+        if self.way in ("closed form", "derivative"):
             if outcome := closed_form(logits, target, layer.log_g, gradient):
                 return logits, outcome
             self.way = "general"  # and so it will be for the next chunks
@@ -307,7 +314,7 @@ class _Sums:
         return logits, outcome
 
 
-def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "general"]:
+def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "derivative", "general"]:
     """How logits become losses and derivatives, see :mod:`lit_sigsoftmax.losses.pointwise`."""
     name = name_of(layer.log_g)
     if any(layer.penalty):
@@ -317,7 +324,9 @@ def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed 
         return "triton" if by_triton else "general"
     if layer.precision == torch.float32 and compiled.serves(name):
         return "compiled"
-    return "closed form" if has_closed_form(name) else "general"
+    if shares_exponentials(layer.log_g):
+        return "closed form"
+    return "derivative" if has_closed_form(layer.log_g) else "general"
 
 
 def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: Tensor) -> tuple[Tensor, Tensor]:

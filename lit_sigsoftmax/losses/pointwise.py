@@ -1,9 +1,9 @@
 """From logits to losses and their derivative: the part of the loss between its matrix products.
 
-Three ways, from the fastest to the most general: a closed form that shares its exponentials, for the cache of a
-processor, which makes its passes cheap (:class:`Bands` is the same for rows that come piece by piece); the derivative
-that the activation was registered with; and autograd within a block of rows. Two more do it in one pass:
-:mod:`lit_sigsoftmax.losses.compiled` on a CPU, and on a GPU
+Three ways, from the fastest to the most general: the sum of g and its derivative, in a form that shares exponentials
+or as log g and its registered derivative give them (:class:`Bands` is the same for rows that come piece by piece); the
+same in log space, for logits far from zero and for penalties; and autograd within a block of rows. Two more do it in
+one pass: :mod:`lit_sigsoftmax.losses.compiled` on a CPU, and on a GPU
 :func:`lit_sigsoftmax.losses.triton_backend.score_and_differentiate`.
 """
 
@@ -18,9 +18,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from lit_sigsoftmax.activations import Activation, derivative_of, get_activation, name_of
+from lit_sigsoftmax.activations import Activation, derivative_of, name_of
 
-__all__ = ["Bands", "Penalty", "Pointwise", "closed_form", "general", "has_closed_form", "leaves", "scores_of"]
+__all__ = [
+    "Bands",
+    "Penalty",
+    "Pointwise",
+    "closed_form",
+    "general",
+    "has_closed_form",
+    "leaves",
+    "scores_of",
+    "shares_exponentials",
+]
 
 
 class Penalty(NamedTuple):
@@ -49,13 +59,18 @@ class Pointwise(NamedTuple):
     of_parameters: Sequence[Tensor] = ()
 
 
-def has_closed_form(name: str | None) -> bool:
-    """Whether :func:`closed_form` serves a registered activation."""
-    return name in _CLOSED_FORMS
+def has_closed_form(log_g: Activation) -> bool:
+    """Whether :func:`closed_form` and :class:`Bands` serve an activation: it is registered with its derivative."""
+    return derivative_of(log_g) is not None
+
+
+def shares_exponentials(log_g: Activation) -> bool:
+    """Whether its closed form is one of those written here, which hold less than any function and its derivative."""
+    return name_of(log_g) in _CLOSED_FORMS
 
 
 def closed_form(logits: Tensor, target: Tensor, log_g: Activation, gradient: bool) -> Pointwise | None:
-    """Take the activation's closed form.
+    """Take the sum of g and its derivative, without a maximum.
 
     Args:
         logits: Shape (n, V), float32 or float64; used up, and overwritten by the derivatives of each row's loss.
@@ -66,10 +81,10 @@ def closed_form(logits: Tensor, target: Tensor, log_g: Activation, gradient: boo
     Returns:
         None where logits are so far from zero that their exponentials come near the end of the numbers.
     """
-    form, derivative, index = _CLOSED_FORMS[name_of(log_g) or ""], derivative_of(log_g), target.unsqueeze(-1)
+    form, derivative, index = _form(log_g), derivative_of(log_g), target.unsqueeze(-1)
     assert derivative is not None
     of_target = logits.gather(-1, index)
-    total = torch.cat([form.total(block, gradient) for block in logits.chunk(_BLOCKS)])
+    total = torch.cat([form.total(block, gradient) for block in logits.chunk(form.blocks)])
     if not _far_from_the_end(total):
         return None
     if gradient:
@@ -83,11 +98,11 @@ class Bands:
 
     Args:
         target: Shape (n,), int64, each below V.
-        activation: A registered name that :func:`has_closed_form` accepts.
+        log_g: An activation that :func:`has_closed_form` accepts.
     """
 
-    def __init__(self, target: Tensor, activation: str) -> None:
-        self.target, self.log_g, self.form = target, get_activation(activation), _CLOSED_FORMS[activation]
+    def __init__(self, target: Tensor, log_g: Activation) -> None:
+        self.target, self.log_g, self.form = target, log_g, _form(log_g)
         self.total = torch.zeros_like(target, dtype=torch.float32).unsqueeze(-1)
         self.of_target = torch.zeros_like(target, dtype=torch.float64)
 
@@ -277,8 +292,7 @@ def leaves(node: Node | None) -> list[Tensor]:
 
 
 _NEGLIGIBLE = -64.0  # e^-64 is 1e-28
-_BLOCKS = 5  # of a chunk's rows: what a pass needs beside the logits is held for one at a time
-_BLOCK_OF_BAND = 2**17  # logits, for the same reason
+_BLOCK_OF_BAND = 2**17  # logits that a pass takes at a time
 
 
 def _blocks_of(band: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -301,6 +315,21 @@ class _Form(NamedTuple):
 
     total: Callable[[Tensor, bool], Tensor]
     factor: float = 1.0
+    blocks: int = 5  # of a chunk's rows: what a pass needs beside the logits is held for one at a time
+
+
+def _form(log_g: Activation) -> _Form:
+    derivative = derivative_of(log_g)
+    assert derivative is not None
+    return _CLOSED_FORMS.get(name_of(log_g) or "") or _Form(partial(_by_derivative, log_g, derivative), blocks=9)
+
+
+def _by_derivative(log_g: Activation, derivative: Activation, z: Tensor, gradient: bool) -> Tensor:
+    g = log_g(z).exp()  # not in its place: it may be z itself
+    total = g.sum(-1, keepdim=True)
+    if gradient:
+        torch.mul(g, derivative(z), out=z)
+    return total
 
 
 def _softmax(z: Tensor, gradient: bool) -> Tensor:

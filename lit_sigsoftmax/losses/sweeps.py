@@ -32,8 +32,7 @@ _MOST = 2**22  # but no more logits.
 
 def serves(weight: Tensor, dtype: torch.dtype, log_g: Activation) -> bool:
     """Whether :func:`losses_and_gradients` takes this weight, products of this dtype, and this activation."""
-    known = compiled.serves(name_of(log_g)) or pointwise.has_closed_form(name_of(log_g))
-    return weight.is_cpu and dtype == torch.bfloat16 and known and bfloat16_pays()
+    return weight.is_cpu and dtype == torch.bfloat16 and pointwise.has_closed_form(log_g) and bfloat16_pays()
 
 
 def losses_and_gradients(
@@ -61,7 +60,7 @@ def losses_and_gradients(
     """
     rows = rows.to(torch.bfloat16)
     name = str(name_of(log_g))
-    bands = compiled.Bands(target, name) if compiled.serves(name) else pointwise.Bands(target, name)
+    bands = compiled.Bands(target, name) if compiled.serves(name) else pointwise.Bands(target, log_g)
     steps = range(0, len(weight), _types(len(rows), rows.shape[1], len(weight)))
 
     def band(first: int) -> tuple[Tensor, Tensor]:
