@@ -1,6 +1,10 @@
 import functools
+import os
+import signal
 import subprocess
 import sys
+import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -148,7 +152,7 @@ SCALE = torch.ones((), requires_grad=True)
 @pytest.mark.parametrize(
     ("log_g", "derivative", "message"),
     [
-        (lambda z: z + z.tanh(), lambda z: 1 - z.tanh() ** 2, r"which at z = \[-3.7.*the function's is about \[1.0"),
+        (lambda z: z + z.tanh(), lambda z: 1 - z.tanh() ** 2, r"which at z = -3.7 is .*the function's is \[\[1.00"),
         (lambda z: 2 * z, lambda z: z.mean(), "which at z"),
         (lambda z: z.mul_(2), lambda z: torch.full_like(z, 2.0), "changes its input"),
         (nn.Softplus, torch.sigmoid, "a class.*leave the derivative out"),
@@ -160,6 +164,31 @@ def test_a_derivative_that_is_not_the_functions_is_refused(log_g, derivative, me
         register_activation("wrong", derivative=derivative)(log_g)
     assert "wrong" not in available_activations()
     register_activation("wrong")(log_g)  # and its name is still free
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_has_registered_can_fork():
+    """One that has OpenMP's threads cannot: the child stops at its first parallel operation."""
+    code = textwrap.dedent("""
+        import os
+        import torch
+
+        torch.set_num_threads(2)
+        from lit_sigsoftmax.activations import register_activation
+
+        register_activation("twice", derivative=lambda z: torch.full_like(z, 2))(lambda z: 2 * z)
+        child = os.fork()
+        if not child:
+            torch.ones(1_000_000).exp_()
+            os._exit(0)
+        os.waitpid(child, 0)
+    """)
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        try:
+            assert process.wait(timeout=60) == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the child too
 
 
 @every_activation
