@@ -18,7 +18,7 @@ from lit_sigsoftmax import OutputHead
 from lit_sigsoftmax.activations import ActivationSpec, available_activations, get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import compiled, gemm
-from lit_sigsoftmax.losses.pointwise import shares_exponentials
+from lit_sigsoftmax.losses.closed_forms import shares_exponentials
 
 __all__ = ["Candidate", "Inputs", "Size", "Step", "candidates", "inputs_of", "products"]
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_sigsoftmax import OutputHead
 from lit_sigsoftmax.activations import available_activations, derivative_of, get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled, gemm, pointwise, sizes, sweeps
+from lit_sigsoftmax.losses import chunks, closed_forms, compiled, gemm, sizes, sweeps
 from lit_sigsoftmax.losses.pointwise import Penalty, general
 
 N, HIDDEN, VOCAB = 90, 6, 40
@@ -50,7 +50,7 @@ def way(request, monkeypatch):
         return "derivative" if request.param == "derivative" and chunks.has_closed_form(layer.log_g) else "general"
 
     if request.param == "derivative":
-        monkeypatch.setattr(pointwise, "_CLOSED_FORMS", {})
+        monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})
     monkeypatch.setattr(chunks, "_way", choose)
     monkeypatch.setattr(sweeps, "serves", lambda *layer: False)
     return request.param

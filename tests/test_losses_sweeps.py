@@ -9,7 +9,7 @@ from test_losses_compiled import LOGITS, draw, exact, needs_compiler
 
 from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import chunks, compiled, gemm, pointwise, sizes, sweeps
+from lit_sigsoftmax.losses import chunks, closed_forms, compiled, gemm, sizes, sweeps
 
 every_activation = pytest.mark.parametrize("name", FORMULAS)
 
@@ -18,7 +18,7 @@ every_activation = pytest.mark.parametrize("name", FORMULAS)
 def bands(request, monkeypatch):
     """Bands of 32 types of up to 64 rows, in blocks of 20, and how many there were."""
     seen = []
-    module = compiled if request.param == "compiled" else pointwise
+    module = compiled if request.param == "compiled" else closed_forms
 
     class Counted(module.Bands):
         def add(self, logits, first):
@@ -27,9 +27,9 @@ def bands(request, monkeypatch):
 
     monkeypatch.setattr(module, "Bands", Counted)
     if request.param == "derivative":
-        monkeypatch.setattr(pointwise, "_CLOSED_FORMS", {})
+        monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})
     monkeypatch.setattr(compiled, "serves", lambda name: module is compiled and name in FORMULAS)
-    monkeypatch.setattr(pointwise, "_BLOCK_OF_BAND", 20 * 32)
+    monkeypatch.setattr(closed_forms, "_BLOCK_OF_BAND", 20 * 32)
     monkeypatch.setattr(sweeps, "_types", lambda *shape: 32)
     monkeypatch.setattr(sweeps, "ROWS", 64)
     monkeypatch.setattr(sweeps, "bfloat16_pays", lambda: True)
@@ -38,7 +38,7 @@ def bands(request, monkeypatch):
 
 def by_bands(logits, target, name, edges, row_weight=None):
     """The losses of bfloat16 logits, and the derivatives, as they come in bands between the edges."""
-    rows = compiled.Bands(target, name) if compiled.serves(name) else pointwise.Bands(target, get_activation(name))
+    rows = compiled.Bands(target, name) if compiled.serves(name) else closed_forms.Bands(target, get_activation(name))
     for start, end in pairwise(edges):
         rows.add(logits[:, start:end].contiguous(), start)
     losses = rows.losses()
@@ -220,7 +220,7 @@ def test_without_gradients_one_sweep_is_enough(bands, monkeypatch):
     inputs, target = layer(40, 24, 100)
     expected, _ = losses_and_gradients(inputs, target, activation="sigsoftmax")
     monkeypatch.setattr(compiled.Bands, "differentiate", None)
-    monkeypatch.setattr(pointwise.Bands, "differentiate", None)
+    monkeypatch.setattr(closed_forms.Bands, "differentiate", None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hidden, weight, bias = inputs
         loss = linear_cross_entropy(hidden, weight, target, bias, activation="sigsoftmax", reduction="none")
@@ -271,7 +271,7 @@ def test_what_is_held_is_an_eighth_of_the_logits(n, size, vocab_size):
     band = 2 * types * (n + size + size)  # logits, weight, and its gradient
     rows = n * size * (2 + 2 + 4)  # hidden, and its gradient, of a band and in all
     assert band + rows <= 4 * n * vocab_size / 8
-    hidden, without_a_compiler = 2 * n * size, 4 * 2 * pointwise._BLOCK_OF_BAND  # two copies of a block in float32
+    hidden, without_a_compiler = 2 * n * size, 4 * 2 * closed_forms._BLOCK_OF_BAND  # two copies of a block in float32
     assert 2 * types * (n + size) + hidden + without_a_compiler <= 4 * n * vocab_size / 8
 
 

@@ -25,15 +25,9 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
 from lit_sigsoftmax.losses import compiled, sizes, sweeps, triton_backend
+from lit_sigsoftmax.losses.closed_forms import closed_form, has_closed_form, shares_exponentials
 from lit_sigsoftmax.losses.gemm import linear
-from lit_sigsoftmax.losses.pointwise import (
-    Penalty,
-    Pointwise,
-    closed_form,
-    general,
-    has_closed_form,
-    shares_exponentials,
-)
+from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, general
 from lit_sigsoftmax.losses.reduction import check_targets, mix
 
 __all__ = ["Layer", "losses_and_gradients", "no_gradients", "scaled_gradients"]
@@ -315,7 +309,7 @@ class _Sums:
 
 
 def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "derivative", "general"]:
-    """How logits become losses and derivatives, see :mod:`lit_sigsoftmax.losses.pointwise`."""
+    """How logits become losses and derivatives: the modules that ``_Sums._pointwise`` calls."""
     name = name_of(layer.log_g)
     if any(layer.penalty):
         return "general"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
-from lit_sigsoftmax.losses import compiled, pointwise
+from lit_sigsoftmax.losses import closed_forms, compiled
 from lit_sigsoftmax.losses.gemm import bfloat16_pays, linear
 
 __all__ = ["ROWS", "losses_and_gradients", "serves"]
@@ -32,7 +32,7 @@ _MOST = 2**22  # but no more logits.
 
 def serves(weight: Tensor, dtype: torch.dtype, log_g: Activation) -> bool:
     """Whether :func:`losses_and_gradients` takes this weight, products of this dtype, and this activation."""
-    return weight.is_cpu and dtype == torch.bfloat16 and pointwise.has_closed_form(log_g) and bfloat16_pays()
+    return weight.is_cpu and dtype == torch.bfloat16 and closed_forms.has_closed_form(log_g) and bfloat16_pays()
 
 
 def losses_and_gradients(
@@ -56,11 +56,11 @@ def losses_and_gradients(
         gradients: Of rows, weight and bias, float32; None where not wanted.
 
     Returns:
-        None, with nothing added, where the closed form does not serve (:func:`pointwise.closed_form`).
+        None, with nothing added, where the closed form does not serve (:func:`closed_forms.closed_form`).
     """
     rows = rows.to(torch.bfloat16)
     name = str(name_of(log_g))
-    bands = compiled.Bands(target, name) if compiled.serves(name) else pointwise.Bands(target, log_g)
+    bands = compiled.Bands(target, name) if compiled.serves(name) else closed_forms.Bands(target, log_g)
     steps = range(0, len(weight), _types(len(rows), rows.shape[1], len(weight)))
 
     def band(first: int) -> tuple[Tensor, Tensor]:
