@@ -25,7 +25,7 @@ from lit_sigsoftmax.losses import chunks, closed_forms, compiled, gemm, sizes, s
 from lit_sigsoftmax.losses.pointwise import Penalty, general
 
 N, HIDDEN, VOCAB = 90, 6, 40
-WAYS = ["compiled", "closed form", "derivative", "general"]
+WAYS = ["compiled", "closed form", "derivative", "graph", "general"]
 
 every_activation = pytest.mark.parametrize("name", available_activations())
 
@@ -47,7 +47,9 @@ def way(request, monkeypatch):
             return "compiled"
         if request.param == "closed form" and chunks.shares_exponentials(layer.log_g):
             return "closed form"
-        return "derivative" if request.param == "derivative" and chunks.has_closed_form(layer.log_g) else "general"
+        if request.param == "derivative" and chunks.has_closed_form(layer.log_g):
+            return "derivative"
+        return "graph" if request.param == "graph" and not any(layer.penalty) else "general"
 
     if request.param == "derivative":
         monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
 from lit_sigsoftmax.losses import compiled, sizes, sweeps, triton_backend
-from lit_sigsoftmax.losses.closed_forms import closed_form, has_closed_form, shares_exponentials
+from lit_sigsoftmax.losses.closed_forms import by_graph, closed_form, has_closed_form, shares_exponentials
 from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, general
 from lit_sigsoftmax.losses.reduction import check_targets, mix
@@ -244,6 +244,8 @@ class _Sums:
         self.layer = layer
         self.hidden, weight, bias, self.log_prior, *self.held = tensors
         self.way = _way(layer, weight)
+        if self.way == "graph" and self.held:  # their gradients want the losses' weights
+            self.way = "general"
         self.weight, self.bias = weight.to(layer.dtype), None if bias is None else bias.to(layer.dtype)
         self.gradients = no_gradients(layer, tensors, wanted)
 
@@ -290,8 +292,11 @@ class _Sums:
         if self.way == "triton":
             loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
             return logits, Pointwise(loss)
-        if self.way in ("closed form", "derivative"):
-            if outcome := closed_form(logits, target, layer.log_g, gradient):
+        block = experts * max(1, sizes.of_block(logits) // experts)  # whole tokens
+        if self.way in ("closed form", "derivative", "graph"):
+            by_graph_of_block = partial(by_graph, block=block)
+            form = by_graph_of_block if self.way == "graph" else closed_form
+            if outcome := form(logits, target, layer.log_g, gradient):
                 return logits, outcome
             self.way = "general"  # and so it will be for the next chunks
             logits = linear(rows, self.weight, self.bias).to(layer.precision)
@@ -301,14 +306,16 @@ class _Sums:
             layer.log_g,
             layer.penalty,
             gradient,
-            block=experts * max(1, sizes.of_block(logits) // experts),  # whole tokens
+            block=block,
             parameters=self.held,
             weigh=lambda start, loss: combine(start, loss)[1].view(-1),
         )
         return logits, outcome
 
 
-def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed form", "derivative", "general"]:
+def _way(
+    layer: Layer, weight: Tensor
+) -> Literal["compiled", "triton", "closed form", "derivative", "graph", "general"]:
     """How logits become losses and derivatives: the modules that ``_Sums._pointwise`` calls."""
     name = name_of(layer.log_g)
     if any(layer.penalty):
@@ -320,7 +327,7 @@ def _way(layer: Layer, weight: Tensor) -> Literal["compiled", "triton", "closed 
         return "compiled"
     if shares_exponentials(layer.log_g):
         return "closed form"
-    return "derivative" if has_closed_form(layer.log_g) else "general"
+    return "derivative" if has_closed_form(layer.log_g) else "graph"
 
 
 def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lit_sigsoftmax.activations import Activation, derivative_of
 
-__all__ = ["Penalty", "Pointwise", "general", "leaves", "scores_of"]
+__all__ = ["Penalty", "Pointwise", "general", "leaves", "scores_of", "traced"]
 
 _NEGLIGIBLE = -64.0  # e^-64 is 1e-28
 
@@ -96,23 +96,10 @@ def _block(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     derivative = derivative_of(log_g)  # none where there are parameters
     by_autograd = gradient and derivative is None
-    z = logits.detach().requires_grad_(by_autograd)
-    with torch.set_grad_enabled(by_autograd):
-        scores = scores_of(log_g, z)
-    if by_autograd and not scores.requires_grad:
-        raise ValueError(
-            "the output activation's result does not depend on its input, as far as autograd sees (a constant, "
-            "detach() or no_grad() in it?), so nothing could be learnt: mend it, or register it with its derivative"
-        )
-    graph = get_gradient_edge(scores) if by_autograd else None
-    if graph is not None and any(
-        leaf is not z and all(leaf is not p for p in parameters) for leaf in leaves(graph.node)
-    ):
-        raise ValueError(
-            "the output activation uses a tensor with a gradient for some logits and not for zeros, which is where the "
-            "fused loss asks what it uses: use it for all of them, as with torch.where, or use backend='reference'"
-        )
-    scores = scores.detach()
+    if by_autograd:
+        z, scores, graph = traced(log_g, logits, parameters)
+    else:
+        z, scores, graph = logits, scores_of(log_g, logits), None
     smoothing, z_loss = penalty
     peak = scores.amax(-1) if z_loss else None
     log_p = torch.log_softmax(scores, -1)
@@ -144,6 +131,36 @@ def _block(
     (own,) = torch.autograd.grad(graph, z, slope)  # of all rows at once: log_g is elementwise
     logits.copy_(own)
     return loss, of_parameters
+
+
+def traced(log_g: Activation, logits: Tensor, parameters: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, GradientEdge]:
+    """Return logits that want a gradient, their scores without one, and the graph between them.
+
+    The scores' numbers are let go of with them, unless the graph needs them itself.
+
+    Args:
+        log_g: The output activation.
+        logits: Any shape.
+        parameters: The tensors that ``log_g`` holds.
+
+    Raises:
+        ValueError: There is no gradient, or it would reach other tensors as well.
+    """
+    z = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = scores_of(log_g, z)
+    if not scores.requires_grad:
+        raise ValueError(
+            "the output activation's result does not depend on its input, as far as autograd sees (a constant, "
+            "detach() or no_grad() in it?), so nothing could be learnt: mend it, or register it with its derivative"
+        )
+    graph = get_gradient_edge(scores)
+    if any(leaf is not z and all(leaf is not p for p in parameters) for leaf in leaves(graph.node)):
+        raise ValueError(
+            "the output activation uses a tensor with a gradient for some logits and not for zeros, which is where the "
+            "fused loss asks what it uses: use it for all of them, as with torch.where, or use backend='reference'"
+        )
+    return z, scores.detach(), graph
 
 
 def scores_of(log_g: Activation, logits: Tensor) -> Tensor:
