@@ -59,7 +59,7 @@ class RunRecorder(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record which implementation of the loss serves the model on its device and in its precision."""
         tracker = tracker_of(trainer)
-        if tracker is not None and isinstance(pl_module, LanguageModel):
+        if tracker is not None and not tracker.continued and isinstance(pl_module, LanguageModel):
             with trainer.precision_plugin.train_step_context():
                 tracker.log_tags({"loss_backend": pl_module.head.loss_backend})
 
