@@ -41,7 +41,7 @@ def small_chunks(monkeypatch):
 def way(request, monkeypatch):
     """Each way from logits to losses, on the activations that it serves; the general one otherwise."""
 
-    def choose(layer, device):
+    def choose(layer, weight, held):
         name = chunks.name_of(layer.log_g)
         if request.param == "compiled" and layer.precision == torch.float32 and compiled.serves(name):
             return "compiled"
@@ -49,7 +49,7 @@ def way(request, monkeypatch):
             return "closed form"
         if request.param == "derivative" and chunks.has_closed_form(layer.log_g):
             return "derivative"
-        return "graph" if request.param == "graph" and not any(layer.penalty) else "general"
+        return "graph" if request.param == "graph" and not (any(layer.penalty) or held) else "general"
 
     if request.param == "derivative":
         monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})

@@ -243,9 +243,7 @@ class _Sums:
     def __init__(self, layer: Layer, tensors: Any, wanted: Sequence[bool]) -> None:
         self.layer = layer
         self.hidden, weight, bias, self.log_prior, *self.held = tensors
-        self.way = _way(layer, weight)
-        if self.way == "graph" and self.held:  # their gradients want the losses' weights
-            self.way = "general"
+        self.way = _way(layer, weight, self.held)
         self.weight, self.bias = weight.to(layer.dtype), None if bias is None else bias.to(layer.dtype)
         self.gradients = no_gradients(layer, tensors, wanted)
 
@@ -293,10 +291,9 @@ class _Sums:
             loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
             return logits, Pointwise(loss)
         block = experts * max(1, sizes.of_block(logits) // experts)  # whole tokens
-        if self.way in ("closed form", "derivative", "graph"):
-            by_graph_of_block = partial(by_graph, block=block)
-            form = by_graph_of_block if self.way == "graph" else closed_form
-            if outcome := form(logits, target, layer.log_g, gradient):
+        if self.way != "general":
+            near_zero = partial(by_graph, block=block) if self.way == "graph" else closed_form
+            if outcome := near_zero(logits, target, layer.log_g, gradient):
                 return logits, outcome
             self.way = "general"  # and so it will be for the next chunks
             logits = linear(rows, self.weight, self.bias).to(layer.precision)
@@ -314,11 +311,11 @@ class _Sums:
 
 
 def _way(
-    layer: Layer, weight: Tensor
+    layer: Layer, weight: Tensor, held: Sequence[Tensor]
 ) -> Literal["compiled", "triton", "closed form", "derivative", "graph", "general"]:
     """How logits become losses and derivatives: the modules that ``_Sums._pointwise`` calls."""
     name = name_of(layer.log_g)
-    if any(layer.penalty):
+    if any(layer.penalty) or held:  # the gradients of what it holds want the losses' weights
         return "general"
     if not _on_cpu(weight):
         by_triton = layer.precision == torch.float32 and triton_backend.serves(weight, layer.log_g)
