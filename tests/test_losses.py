@@ -25,7 +25,7 @@ from lit_sigsoftmax.losses import chunks, closed_forms, compiled, gemm, sizes, s
 from lit_sigsoftmax.losses.pointwise import Penalty, general
 
 N, HIDDEN, VOCAB = 90, 6, 40
-WAYS = ["compiled", "closed form", "derivative", "graph", "general"]
+WAYS = ["compiled", "program", "closed form", "derivative", "graph", "general"]
 
 every_activation = pytest.mark.parametrize("name", available_activations())
 
@@ -41,9 +41,8 @@ def small_chunks(monkeypatch):
 def way(request, monkeypatch):
     """Each way from logits to losses, on the activations that it serves; the general one otherwise."""
 
-    def choose(layer, weight, held):
-        name = chunks.name_of(layer.log_g)
-        if request.param == "compiled" and layer.precision == torch.float32 and compiled.serves(name):
+    def choose(layer, weight, held, evaluator):
+        if evaluator:
             return "compiled"
         if request.param == "closed form" and chunks.shares_exponentials(layer.log_g):
             return "closed form"
@@ -53,6 +52,10 @@ def way(request, monkeypatch):
 
     if request.param == "derivative":
         monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})
+    if request.param == "program":
+        monkeypatch.setattr(compiled, "serves", lambda name: False)
+    if request.param not in ("compiled", "program"):
+        monkeypatch.setattr(compiled, "evaluator", lambda *activation: None)
     monkeypatch.setattr(chunks, "_way", choose)
     monkeypatch.setattr(sweeps, "serves", lambda *layer: False)
     return request.param

@@ -11,13 +11,28 @@ from torch.nn import functional as F
 
 from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.losses import compiled
-from lit_sigsoftmax.losses.compiled import COMPILE_VARIABLE, available, score_and_differentiate, serves
+from lit_sigsoftmax.losses.compiled import COMPILE_VARIABLE, available, evaluator, score_and_differentiate, serves
 from lit_sigsoftmax.storage import CACHE_VARIABLE
 
 COMPILER = os.environ.get("CXX") or "c++"
 
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: no {COMPILER}")
 every_activation = pytest.mark.parametrize("name", FORMULAS)
+
+
+@pytest.fixture(params=["compiled", "program"])
+def kind_of_evaluator(request, monkeypatch):
+    """Activations as they are compiled, and as programs."""
+    if request.param == "program":
+        monkeypatch.setattr(compiled, "serves", lambda name: False)
+    return request.param
+
+
+def of(name, gradient=True):
+    """What takes an activation."""
+    found = evaluator(get_activation(name), 10, gradient)
+    assert (found.name, found.program is None) == ((name, True) if compiled.serves(name) else ("program", False))
+    return found
 
 
 def draw(rows, columns, seed=0):
@@ -50,7 +65,7 @@ LOGITS = {
 @every_activation
 @pytest.mark.parametrize("columns", [1, 3, 16, 1000, 33278])
 @pytest.mark.parametrize("kind", LOGITS)
-def test_rows_match_autograd_in_float64(kind, columns, name):
+def test_rows_match_autograd_in_float64(kind, columns, name, kind_of_evaluator):
     noise, target = draw(5, columns)
     logits = LOGITS[kind](noise)
     target[logits.gather(1, target[:, None])[:, 0] == -torch.inf] = 0  # a masked target costs infinitely much
@@ -58,7 +73,7 @@ def test_rows_match_autograd_in_float64(kind, columns, name):
     if kind == "masked":  # autograd has 0 / 0 there
         gradient = gradient.nan_to_num(0.0)
 
-    actual = score_and_differentiate(logits, target, name, differentiate=True)
+    actual = score_and_differentiate(logits, target, of(name), differentiate=True)
 
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), nll, rtol=3e-7, atol=1e-6)
@@ -67,45 +82,45 @@ def test_rows_match_autograd_in_float64(kind, columns, name):
 
 @needs_compiler
 @every_activation
-def test_gradient_of_a_small_probability_keeps_its_digits(name):
+def test_gradient_of_a_small_probability_keeps_its_digits(name, kind_of_evaluator):
     logits, target = draw(8, 500)
     logits[:, 0] += 15  # the others have some e^-15 of the probability
     target[:] = 0
     _, gradient = exact(logits, target, name)
-    score_and_differentiate(logits, target, name, differentiate=True)
+    score_and_differentiate(logits, target, of(name), differentiate=True)
     torch.testing.assert_close(logits[:, 1:].double(), gradient[:, 1:], rtol=3e-6, atol=0)
 
 
 @needs_compiler
 @every_activation
-def test_without_gradient_the_logits_stay(name):
+def test_without_gradient_the_logits_stay(name, kind_of_evaluator):
     logits, target = draw(7, 1100)
     before = logits.clone()
-    nll = score_and_differentiate(logits, target, name, differentiate=False)
+    nll = score_and_differentiate(logits, target, of(name, gradient=False), differentiate=False)
     assert torch.equal(logits, before)
-    torch.testing.assert_close(nll, score_and_differentiate(logits, target, name, differentiate=True))
+    torch.testing.assert_close(nll, score_and_differentiate(logits, target, of(name), differentiate=True))
 
 
 @needs_compiler
 @every_activation
 @pytest.mark.parametrize("differentiate", [True, False])
 @pytest.mark.parametrize("place", [0, 7, 1050])
-def test_nan_is_not_hidden(place, differentiate, name):
+def test_nan_is_not_hidden(place, differentiate, name, kind_of_evaluator):
     logits, target = draw(2, 1060)
     logits[1, place] = torch.nan
-    nll = score_and_differentiate(logits, target, name, differentiate)
+    nll = score_and_differentiate(logits, target, of(name), differentiate)
     assert nll.isnan().tolist() == [False, True]
 
 
 @needs_compiler
 @every_activation
-def test_threads_do_not_change_the_result(name):
+def test_threads_do_not_change_the_result(name, kind_of_evaluator):
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             logits, target = draw(50, 300)
-            results.append((score_and_differentiate(logits, target, name, differentiate=True), logits))
+            results.append((score_and_differentiate(logits, target, of(name), differentiate=True), logits))
     finally:
         torch.set_num_threads(before)
     for nll, gradient in results[1:]:
@@ -116,7 +131,7 @@ def test_threads_do_not_change_the_result(name):
 @needs_compiler
 def test_no_rows():
     logits, target = draw(0, 5)
-    assert score_and_differentiate(logits, target, "softmax", differentiate=True).shape == (0,)
+    assert score_and_differentiate(logits, target, of("softmax"), differentiate=True).shape == (0,)
 
 
 @needs_compiler
@@ -134,14 +149,13 @@ def test_serves_registered_names_alone():
         ({"logits": torch.zeros(3, 2).t()}, "logits .* contiguous"),
         ({"target": torch.zeros(2, dtype=torch.int32)}, "target is .*int32 .*expected .*int64"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, r"target is \(3,\).*expected \(2,\)"),
-        ({"activation": "no_such_activation"}, "does not serve the output activation 'no_such_activation'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = {
         "logits": torch.zeros(2, 3),
         "target": torch.zeros(2, dtype=torch.int64),
-        "activation": "softmax",
+        "activation": of("softmax"),
     }
     with pytest.raises(ValueError, match=message):
         score_and_differentiate(**{**arguments, **change}, differentiate=True)
@@ -152,7 +166,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 def test_target_outside_the_vocabulary_is_an_error(wrong):
     logits, _ = draw(2, 3)
     with pytest.raises(IndexError, match=f"target {wrong} is out of bounds for a vocabulary of 3"):
-        score_and_differentiate(logits, torch.tensor([0, wrong]), "softmax", differentiate=True)
+        score_and_differentiate(logits, torch.tensor([0, wrong]), of("softmax"), differentiate=True)
 
 
 @pytest.fixture
@@ -192,9 +206,8 @@ def test_off_without_a_word(switch, fresh, monkeypatch):
         warnings.simplefilter("error")
         assert not available()
         assert not serves("softmax")
+        assert evaluator(torch.tanh, 10, gradient=True) is None
     assert not fresh.exists()
-    with pytest.raises(ValueError, match="does not serve"):
-        score_and_differentiate(*draw(1, 2), "softmax", differentiate=False)
 
 
 def test_a_compiler_that_is_not_there_is_named(fresh, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from references import FORMULAS
 from test_losses_compiled import LOGITS, draw, exact, needs_compiler
+from torch.nn import functional as F
 
 from lit_sigsoftmax.activations import get_activation
 from lit_sigsoftmax.functional import linear_cross_entropy
@@ -14,11 +15,18 @@ from lit_sigsoftmax.losses import chunks, closed_forms, compiled, gemm, sizes, s
 every_activation = pytest.mark.parametrize("name", FORMULAS)
 
 
-@pytest.fixture(params=[pytest.param("compiled", marks=needs_compiler), "closed form", "derivative"])
+@pytest.fixture(
+    params=[
+        pytest.param("compiled", marks=needs_compiler),
+        pytest.param("program", marks=needs_compiler),
+        "closed form",
+        "derivative",
+    ]
+)
 def bands(request, monkeypatch):
     """Bands of 32 types of up to 64 rows, in blocks of 20, and how many there were."""
     seen = []
-    module = compiled if request.param == "compiled" else closed_forms
+    module = compiled if request.param in ("compiled", "program") else closed_forms
 
     class Counted(module.Bands):
         def add(self, logits, first):
@@ -26,9 +34,13 @@ def bands(request, monkeypatch):
             super().add(logits, first)
 
     monkeypatch.setattr(module, "Bands", Counted)
+    monkeypatch.setattr(chunks, "Bands", closed_forms.Bands)
     if request.param == "derivative":
         monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})
-    monkeypatch.setattr(compiled, "serves", lambda name: module is compiled and name in FORMULAS)
+    if request.param != "compiled":
+        monkeypatch.setattr(compiled, "serves", lambda name: False)
+    if module is closed_forms:
+        monkeypatch.setattr(compiled, "evaluator", lambda *activation: None)
     monkeypatch.setattr(closed_forms, "_BLOCK_OF_BAND", 20 * 32)
     monkeypatch.setattr(sweeps, "_types", lambda *shape: 32)
     monkeypatch.setattr(sweeps, "ROWS", 64)
@@ -38,7 +50,8 @@ def bands(request, monkeypatch):
 
 def by_bands(logits, target, name, edges, row_weight=None):
     """The losses of bfloat16 logits, and the derivatives, as they come in bands between the edges."""
-    rows = compiled.Bands(target, name) if compiled.serves(name) else closed_forms.Bands(target, get_activation(name))
+    evaluator = compiled.evaluator(get_activation(name), 10, True)
+    rows = compiled.Bands(target, evaluator) if evaluator else closed_forms.Bands(target, get_activation(name))
     for start, end in pairwise(edges):
         rows.add(logits[:, start:end].contiguous(), start)
     losses = rows.losses()
@@ -63,7 +76,7 @@ def test_bands_are_the_whole_rounded(kind, edges, name, bands):
     expected, gradient = exact(logits, target, name)
     nll, derivative = by_bands(logits, target, name, edges)
     if nll is None:  # the closed form takes no such numbers
-        assert not compiled.serves(name)
+        assert compiled.evaluator(get_activation(name), 10, True) is None
         assert logits[logits.isfinite()].abs().max() > 55
         return
     if kind == "masked":  # autograd has 0 / 0 there
@@ -178,7 +191,8 @@ def test_a_row_that_the_closed_form_does_not_take(name, factor, bands, monkeypat
     assert not by_chunks
     inputs[0][70] *= factor
     loss, gradients = losses_and_gradients(inputs, target, activation=name)
-    assert bool(by_chunks) != compiled.serves(name)
+    without_a_maximum = compiled.evaluator(get_activation(name), 100, True) is None
+    assert bool(by_chunks) == (without_a_maximum or (factor != 500 and not compiled.serves(name)))
     others = torch.arange(90) != 70
     torch.testing.assert_close(loss[others], expected[others])
     if factor == 500:
@@ -256,7 +270,7 @@ def test_threads_agree(bands, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(gradients, found[0][1], strict=True))
 
 
-@pytest.mark.parametrize("kwargs", [{"z_loss": 0.1}, {"label_smoothing": 0.1}, {"activation": lambda z: z}])
+@pytest.mark.parametrize("kwargs", [{"z_loss": 0.1}, {"label_smoothing": 0.1}, {"activation": F.gelu}])
 def test_penalties_and_other_activations_go_another_way(kwargs, bands):
     inputs, target = layer(40, 24, 100)
     check(inputs, target, **{"activation": "sigsoftmax", **kwargs})

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from references import FORMULAS, log_probabilities
-from test_losses_compiled import COMPILER
+from test_losses_compiled import COMPILER, of
 
 from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import compiled, sizes, sweeps
@@ -26,10 +26,12 @@ def layer(n, size, vocab_size, dtype=torch.float32, weight_dtype=None):
     return [hidden.to(dtype), weight.to(weight_dtype or dtype), bias.to(weight_dtype or dtype)], target
 
 
-@pytest.fixture(autouse=True)
-def calls(monkeypatch):
+@pytest.fixture(autouse=True, params=["compiled", "program"])
+def calls(request, monkeypatch):
     """Chunks of few rows whatever the vocabulary, and how often the tiles were asked."""
     seen = []
+    if request.param == "program":
+        monkeypatch.setattr(compiled, "serves", lambda name: False)
 
     def count(*args, **kwargs):
         seen.append(kwargs["chunk"])
@@ -178,7 +180,7 @@ def test_rounding_is_torchs():
     hidden = torch.zeros(16, 96)
     hidden[:, 0] = 1.0
     target = torch.arange(16) % len(numbers)
-    kwargs = {"row_weight": torch.ones(16), "activation": "softmax", "chunk": 16, "wanted": [True, True, False]}
+    kwargs = {"row_weight": torch.ones(16), "activation": of("softmax"), "chunk": 16, "wanted": [True, True, False]}
     nll, (of_hidden, _, _) = tiled_losses_and_gradients(hidden, weight, None, target, rounded=True, **kwargs)
     as_torch, (expected, _, _) = tiled_losses_and_gradients(
         hidden, weight.bfloat16(), None, target, rounded=False, **kwargs
@@ -214,20 +216,19 @@ def test_any_strides(calls):
 
 
 @pytest.mark.parametrize(
-    ("name", "hidden", "weight", "dtype", "served"),
+    ("hidden", "weight", "dtype", "served"),
     [
-        ("sigsoftmax", torch.zeros(1, 96), torch.zeros(5, 96), torch.float32, True),
-        ("sigsoftmax", torch.zeros(1, 96), torch.zeros(5, 96), torch.bfloat16, True),
-        ("sigsoftmax", torch.zeros(1, 96), torch.zeros(5, 96), torch.float16, False),
-        ("sigsoftmax", torch.zeros(1, 96).double(), torch.zeros(5, 96), torch.float64, False),
-        ("sigsoftmax", torch.zeros(1, 96), torch.zeros(96, 5).t(), torch.float32, False),
-        ("sigsoftmax", torch.zeros(1, 5), torch.zeros(5, 5), torch.float32, False),
-        ("sigsoftmax", torch.zeros(1, 0), torch.zeros(5, 0), torch.float32, False),
-        (None, torch.zeros(1, 96), torch.zeros(5, 96), torch.float32, False),
+        (torch.zeros(1, 96), torch.zeros(5, 96), torch.float32, True),
+        (torch.zeros(1, 96), torch.zeros(5, 96), torch.bfloat16, True),
+        (torch.zeros(1, 96), torch.zeros(5, 96), torch.float16, False),
+        (torch.zeros(1, 96).double(), torch.zeros(5, 96), torch.float64, False),
+        (torch.zeros(1, 96), torch.zeros(96, 5).t(), torch.float32, False),
+        (torch.zeros(1, 5), torch.zeros(5, 5), torch.float32, False),
+        (torch.zeros(1, 0), torch.zeros(5, 0), torch.float32, False),
     ],
 )
-def test_what_is_served(name, hidden, weight, dtype, served):
-    assert serves_tiles(name, hidden, weight, dtype) == served
+def test_what_is_served(hidden, weight, dtype, served):
+    assert serves_tiles(hidden, weight, dtype) == served
 
 
 @pytest.mark.parametrize(

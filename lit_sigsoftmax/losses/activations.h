@@ -13,18 +13,23 @@ namespace {
 
 constexpr float kNegligible = 64;  // e^-64 is 1e-28: what is further below the peak weighs nothing in float32
 
-// e^x for x <= 64 within 1.5 units in the last place, 0 for x < -64. x = n ln 2 + r, then a minimax polynomial in r.
-inline float exp_or_zero(float x) {
-    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
-    const float shifted = x * 1.44269504f + shifter;
-    const float n = shifted - shifter;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+// e^r for |r| <= ln 2 / 2: a minimax polynomial.
+inline float exp_polynomial(float r) {
     float p = 1.38145406e-3f;
     p = p * r + 8.36874545e-3f;
     p = p * r + 4.16683890e-2f;
     p = p * r + 1.66665211e-1f;
     p = p * r + 4.99999940e-1f;
-    p = p * (r * r) + r + 1.0f;
+    return p * (r * r) + r + 1.0f;
+}
+
+// e^x for x <= 64 within 1.5 units in the last place, 0 for x < -64. x = n ln 2 + r.
+inline float exp_or_zero(float x) {
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+    const float shifted = x * 1.44269504f + shifter;
+    const float n = shifted - shifter;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = exp_polynomial(r);
     uint32_t exponent, bits;
     std::memcpy(&exponent, &shifted, sizeof bits);
     std::memcpy(&bits, &p, sizeof bits);
@@ -93,17 +98,55 @@ struct Relu {  // g = max(z, 0) + 1e-8
     static double slope(double z) { return z > 0 ? 1 / (z + floor) : 0; }
 };
 
-// The loss of a row: total is its sum of g(z) / g(peak), z the target's logit.
+// One of them as the passes over logits take it; Interpreted (interpreter.h) is the other kind. Each thread has its own.
 template <class Activation>
-float loss_of(double total, double peak, double z) {
-    return static_cast<float>(std::log(total) + (Activation::log_g(peak) - Activation::log_g(z)));
+class BuiltIn {
+   public:
+    using At = Activation;
+    explicit BuiltIn(const struct Program*) {}
+
+    At at(float peak) const { return At(peak); }
+    double log_g(double z) const { return Activation::log_g(z); }
+    double slope(double z) const { return Activation::slope(z); }
+
+    // The sum of g(z) / g(peak) of some logits of a row; where asked for, they become g'(z) / g(peak).
+    template <bool kDifferentiate>
+    float of_row(const At& at, float* z, int64_t count) const {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < count; ++j) {
+            const Relative relative = at.at(z[j]);
+            sum += relative.value;
+            if (kDifferentiate) z[j] = relative.derivative;
+        }
+        return sum;
+    }
+
+    // The same for types of the vocabulary whose logits for all rows lie side by side.
+    void of_lanes(const At* at, float* z, int64_t types, int64_t width, float* sum) const {
+        for (int64_t v = 0; v < types; ++v, z += width) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) {
+                const Relative relative = at[i].at(z[i]);
+                sum[i] += relative.value;
+                z[i] = relative.derivative;
+            }
+        }
+    }
+};
+
+// The loss of a row: total is its sum of g(z) / g(peak), z the target's logit.
+template <class Evaluator>
+float loss_of(Evaluator& evaluator, double total, double peak, double z) {
+    return static_cast<float>(std::log(total) + (evaluator.log_g(peak) - evaluator.log_g(z)));
 }
 
 }  // namespace
 
 // The registered name of each and its struct.
-#define FOR_EACH_ACTIVATION(SERVE) \
-    SERVE(softmax, Softmax)        \
-    SERVE(sigsoftmax, Sigsoftmax)  \
-    SERVE(sigmoid, Sigmoid)        \
-    SERVE(relu, Relu)
+#define FOR_EACH_ACTIVATION(SERVE)         \
+    SERVE(softmax, BuiltIn<Softmax>)       \
+    SERVE(sigsoftmax, BuiltIn<Sigsoftmax>) \
+    SERVE(sigmoid, BuiltIn<Sigmoid>)       \
+    SERVE(relu, BuiltIn<Relu>)             \
+    SERVE(program, Interpreted)

@@ -22,10 +22,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from lit_sigsoftmax.activations import Activation, name_of
+from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses import compiled, sizes, sweeps, triton_backend
-from lit_sigsoftmax.losses.closed_forms import by_graph, closed_form, has_closed_form, shares_exponentials
+from lit_sigsoftmax.losses.closed_forms import Bands, by_graph, closed_form, has_closed_form, shares_exponentials
 from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, general
 from lit_sigsoftmax.losses.reduction import check_targets, mix
@@ -86,13 +87,14 @@ def losses_and_gradients(
     if _on_cpu(target):  # a GPU would have to wait
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
-    with torch.autocast(hidden.device.type, enabled=False):
-        found = None
-        if not any(layer.penalty) and sweeps.serves(weight, layer.dtype, layer.log_g):
-            found = _by_sweeps(layer, target, tensors, wanted, row_weight)
-        elif any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
-            found = _by_tiles(layer, rows, target, tensors, wanted, row_weight)
-        nll, gradients = found or _by_chunks(layer, target, tensors, wanted, row_weight)
+    # What autograd saves on the way lives no longer than this call: checkpointing has nothing to recompute.
+    with torch.autocast(hidden.device.type, enabled=False), saved_tensors_hooks(_itself, _itself):
+        found, evaluator = None, _evaluator(layer, tensors, any(wanted))
+        if _sweeps_serve(layer, weight, evaluator):
+            found = _by_sweeps(layer, evaluator, target, tensors, wanted, row_weight)
+        elif evaluator and any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
+            found = _by_tiles(layer, evaluator, rows, target, tensors, wanted, row_weight)
+        nll, gradients = found or _by_chunks(layer, evaluator, target, tensors, wanted, row_weight)
     return nll.where(counted, 0.0), gradients
 
 
@@ -151,25 +153,33 @@ def no_gradients(layer: Layer, tensors: Sequence[Tensor | None], wanted: Sequenc
     ]
 
 
+def _evaluator(layer: Layer, tensors: Sequence[Tensor | None], gradient: bool) -> compiled.Evaluator | None:
+    _, weight, _, _, *held = tensors
+    assert weight is not None
+    if any(layer.penalty) or held or layer.precision != torch.float32 or not _on_cpu(weight):
+        return None
+    return compiled.evaluator(layer.log_g, len(weight), gradient)
+
+
 def _rows_of_tiles(layer: Layer, tensors: Sequence[Tensor | None]) -> int:
     """Rows of a chunk whose products are compiled too; 0 where that does not serve, or a library is faster."""
-    hidden, weight, _, log_prior, *held = tensors
+    hidden, weight, _, log_prior, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    if log_prior is not None or held or any(layer.penalty) or not _on_cpu(weight):
+    if log_prior is not None or not compiled.serves_tiles(hidden, weight, layer.dtype):
         return 0
-    chunk = sizes.of_tiles(len(hidden), weight, layer.in_half)
-    return chunk if chunk and compiled.serves_tiles(name_of(layer.log_g), hidden, weight, layer.dtype) else 0
+    return sizes.of_tiles(len(hidden), weight, layer.in_half)
 
 
 def _by_tiles(
     layer: Layer,
+    evaluator: compiled.Evaluator,
     chunk: int,
     target: Tensor,
     tensors: Sequence[Tensor | None],
     wanted: Sequence[bool],
     row_weight: Tensor,
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None]] | None:
     hidden, weight, bias, *_ = tensors
     assert hidden is not None
     assert weight is not None
@@ -180,19 +190,31 @@ def _by_tiles(
         None if bias is None else bias.to(layer.dtype).to(layer.precision).contiguous(),
         target,
         row_weight.contiguous(),
-        str(name_of(layer.log_g)),
+        evaluator,
         rounded=layer.in_half,
         chunk=chunk,
         wanted=wanted[:3],
     )
+    if not evaluator.trusts(nll):
+        return None
     of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype).unsqueeze(1)
     return nll, [of_hidden, *others, *[None] * (len(tensors) - 3)]
 
 
+def _sweeps_serve(layer: Layer, weight: Tensor, evaluator: compiled.Evaluator | None) -> bool:
+    takes = evaluator is not None or (has_closed_form(layer.log_g) and not any(layer.penalty))
+    return takes and sweeps.serves(weight, layer.dtype)
+
+
 def _by_sweeps(
-    layer: Layer, target: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], row_weight: Tensor
+    layer: Layer,
+    evaluator: compiled.Evaluator | None,
+    target: Tensor,
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    row_weight: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]] | None:
-    """None where some logits are too far from zero without a compiler: what has been added up is of no use then."""
+    """None where some logits are too far from zero: what has been added up is of no use then."""
     hidden, weight, bias, log_prior, *_ = tensors
     assert hidden is not None
     assert weight is not None
@@ -210,7 +232,8 @@ def _by_sweeps(
         rows, of_expert = hidden[tokens].reshape(-1, size), target[tokens].repeat_interleave(experts)
         of_rows = None if of_hidden is None else of_hidden[tokens].to(layer.precision).view(-1, size)
         sums = [of_rows, of_weight, of_bias]
-        nll = sweeps.losses_and_gradients(rows, weight, bias, of_expert, layer.log_g, weigh, sums)
+        bands = compiled.Bands(of_expert, evaluator) if evaluator else Bands(of_expert, layer.log_g)
+        nll = sweeps.losses_and_gradients(rows, weight, bias, bands, weigh, sums)
         if of_hidden is not None and of_rows is not None:  # the same where it is float32
             of_hidden[tokens] = of_rows.view(-1, experts, size)
         return nll
@@ -225,12 +248,17 @@ def _by_sweeps(
 
 
 def _by_chunks(
-    layer: Layer, target: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], row_weight: Tensor
+    layer: Layer,
+    evaluator: compiled.Evaluator | None,
+    target: Tensor,
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    row_weight: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
     hidden, weight, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    sums = _Sums(layer, tensors, wanted)
+    sums = _Sums(layer, evaluator, tensors, wanted)
     nll = hidden.new_empty(len(target), dtype=layer.precision)
     for tokens in sizes.of_chunks(hidden, weight, sums.way, layer.in_half, any(wanted)):
         nll[tokens] = sums.add(tokens, target[tokens], row_weight[tokens])
@@ -240,10 +268,12 @@ def _by_chunks(
 class _Sums:
     """The gradients, as they grow chunk by chunk."""
 
-    def __init__(self, layer: Layer, tensors: Any, wanted: Sequence[bool]) -> None:
-        self.layer = layer
+    def __init__(
+        self, layer: Layer, evaluator: compiled.Evaluator | None, tensors: Any, wanted: Sequence[bool]
+    ) -> None:
+        self.layer, self.evaluator = layer, evaluator
         self.hidden, weight, bias, self.log_prior, *self.held = tensors
-        self.way = _way(layer, weight, self.held)
+        self.way = _way(layer, weight, self.held, evaluator)
         self.weight, self.bias = weight.to(layer.dtype), None if bias is None else bias.to(layer.dtype)
         self.gradients = no_gradients(layer, tensors, wanted)
 
@@ -284,16 +314,12 @@ class _Sums:
     ) -> tuple[Tensor, Pointwise]:
         layer, gradient = self.layer, any(total is not None for total in self.gradients)
         logits = linear(rows, self.weight, self.bias).to(layer.precision)
-        if self.way == "compiled":
-            loss = compiled.score_and_differentiate(logits, target, str(name_of(layer.log_g)), gradient)
-            return logits, Pointwise(loss)
         if self.way == "triton":
             loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
             return logits, Pointwise(loss)
         block = experts * max(1, sizes.of_block(logits) // experts)  # whole tokens
         if self.way != "general":
-            near_zero = partial(by_graph, block=block) if self.way == "graph" else closed_form
-            if outcome := near_zero(logits, target, layer.log_g, gradient):
+            if outcome := self._near_zero(logits, target, gradient, block):
                 return logits, outcome
             self.way = "general"  # and so it will be for the next chunks
             logits = linear(rows, self.weight, self.bias).to(layer.precision)
@@ -309,19 +335,27 @@ class _Sums:
         )
         return logits, outcome
 
+    def _near_zero(self, logits: Tensor, target: Tensor, gradient: bool, block: int) -> Pointwise | None:
+        """None where logits are so far from zero, or g so unlike, that ``general`` has to do it."""
+        if self.way == "graph":
+            return by_graph(logits, target, self.layer.log_g, gradient, block=block)
+        if self.evaluator is None:
+            return closed_form(logits, target, self.layer.log_g, gradient)
+        loss = compiled.score_and_differentiate(logits, target, self.evaluator, gradient)
+        return Pointwise(loss) if self.evaluator.trusts(loss) else None
+
 
 def _way(
-    layer: Layer, weight: Tensor, held: Sequence[Tensor]
+    layer: Layer, weight: Tensor, held: Sequence[Tensor], evaluator: compiled.Evaluator | None
 ) -> Literal["compiled", "triton", "closed form", "derivative", "graph", "general"]:
     """How logits become losses and derivatives: the modules that ``_Sums._pointwise`` calls."""
-    name = name_of(layer.log_g)
+    if evaluator:
+        return "compiled"
     if any(layer.penalty) or held:  # the gradients of what it holds want the losses' weights
         return "general"
     if not _on_cpu(weight):
         by_triton = layer.precision == torch.float32 and triton_backend.serves(weight, layer.log_g)
         return "triton" if by_triton else "general"
-    if layer.precision == torch.float32 and compiled.serves(name):
-        return "compiled"
     if shares_exponentials(layer.log_g):
         return "closed form"
     return "derivative" if has_closed_form(layer.log_g) else "graph"
@@ -337,6 +371,10 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
     share = torch.exp(log_prior - expert_nll + nll.unsqueeze(-1))
     factor = factor[first : first + n].unsqueeze(-1)
     return nll, torch.where(factor == 0, 0.0, share * factor)  # an ignored token's own loss may be infinite
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _on_cpu(tensor: Tensor) -> bool:

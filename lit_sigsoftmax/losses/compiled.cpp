@@ -2,8 +2,8 @@
 
 #include <vector>
 
-#include "activations.h"
 #include "bfloat16.h"
+#include "interpreter.h"
 
 namespace {
 
@@ -20,89 +20,87 @@ float largest(const float* row, int64_t columns) {
 }
 
 // The sum of g(z) / g(peak); where asked for, row becomes g'(z) / g(peak).
-template <class Activation, bool kDifferentiate>
-double total(float* row, int64_t columns, float peak) {
-    const Activation activation(peak);
+template <bool kDifferentiate, class Evaluator>
+double total(Evaluator& evaluator, float* row, int64_t columns, float peak) {
+    const auto at = evaluator.at(peak);
     double sum = 0;
-    for (int64_t start = 0; start < columns; start += kBlock) {
-        const int64_t end = std::min(start + kBlock, columns);
-        float block = 0;
-#pragma omp simd reduction(+ : block)
-        for (int64_t j = start; j < end; ++j) {
-            const Relative relative = activation.at(row[j]);
-            block += relative.value;
-            if (kDifferentiate) row[j] = relative.derivative;
-        }
-        sum += block;
-    }
+    for (int64_t start = 0; start < columns; start += kBlock)
+        sum += evaluator.template of_row<kDifferentiate>(at, row + start, std::min(kBlock, columns - start));
     return sum;
 }
 
-template <class Activation, bool kDifferentiate>
-float score_row(float* row, int64_t columns, int64_t target) {
+template <bool kDifferentiate, class Evaluator>
+float score_row(Evaluator& evaluator, float* row, int64_t columns, int64_t target) {
     const float peak = largest(row, columns);
     const double z = row[target];
-    const double sum = total<Activation, kDifferentiate>(row, columns, peak);
+    const double sum = total<kDifferentiate>(evaluator, row, columns, peak);
     if (kDifferentiate) {
         const float scale = static_cast<float>(1 / sum);
 #pragma omp simd
         for (int64_t j = 0; j < columns; ++j) row[j] *= scale;
-        row[target] -= static_cast<float>(Activation::slope(z));
+        row[target] -= static_cast<float>(evaluator.slope(z));
     }
-    return loss_of<Activation>(sum, peak, z);
+    return loss_of(evaluator, sum, peak, z);
 }
 
-template <class Activation>
-void score_rows(float* logits, const int64_t* target, float* nll, int64_t rows, int64_t columns, bool differentiate,
-                int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; ++i) {
-        float* row = logits + i * columns;
-        nll[i] = differentiate ? score_row<Activation, true>(row, columns, target[i])
-                               : score_row<Activation, false>(row, columns, target[i]);
+template <class Evaluator>
+void score_rows(const Program* program, float* logits, const int64_t* target, float* nll, int64_t rows, int64_t columns,
+                bool differentiate, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Evaluator evaluator(program);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; ++i) {
+            float* row = logits + i * columns;
+            nll[i] = differentiate ? score_row<true>(evaluator, row, columns, target[i])
+                                   : score_row<false>(evaluator, row, columns, target[i]);
+        }
     }
 }
 
 // Some rows of bfloat16, each given to visit in float32 with its index, in a buffer of the thread.
-template <class Visit>
-void for_each_row(const uint16_t* logits, int64_t rows, int64_t columns, int threads, Visit visit) {
+template <class Evaluator, class Visit>
+void for_each_row(const Program* program, const uint16_t* logits, int64_t rows, int64_t columns, int threads,
+                  Visit visit) {
 #pragma omp parallel num_threads(threads)
     {
+        Evaluator evaluator(program);
         std::vector<float> row(columns);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t j = 0; j < columns; ++j) row[j] = from_bfloat16(logits[i * columns + j]);
-            visit(i, row.data());
+            visit(evaluator, i, row.data());
         }
     }
 }
 
 // The same for logits that come in bands of the vocabulary, columns from `first` on, in bfloat16. First the sums of
 // g(z) / g(peak) as both grow from band to band, and the target's logit, ...
-template <class Activation>
-void add_band(const uint16_t* logits, const int64_t* target, float* peak, double* sum, float* of_target, int64_t rows,
-              int64_t columns, int64_t first, int threads) {
-    for_each_row(logits, rows, columns, threads, [=](int64_t i, float* row) {
+template <class Evaluator>
+void add_band(const Program* program, const uint16_t* logits, const int64_t* target, float* peak, double* sum,
+              float* of_target, int64_t rows, int64_t columns, int64_t first, int threads) {
+    for_each_row<Evaluator>(program, logits, rows, columns, threads, [=](Evaluator& evaluator, int64_t i, float* row) {
         const float higher = std::max(peak[i], largest(row, columns));
         if (higher > peak[i]) {
-            sum[i] *= std::exp(Activation::log_g(peak[i]) - Activation::log_g(higher));
+            if (sum[i] > 0) sum[i] *= std::exp(evaluator.log_g(peak[i]) - evaluator.log_g(higher));
             peak[i] = higher;
         }
         const int64_t place = target[i] - first;
         if (place >= 0 && place < columns) of_target[i] = row[place];
-        sum[i] += total<Activation, false>(row, columns, higher);
+        sum[i] += total<false>(evaluator, row, columns, higher);
     });
 }
 
 // ... then, with what these have come to, the derivative of each row's loss, times the row's weight.
-template <class Activation>
-void differentiate_band(uint16_t* logits, const int64_t* target, const float* peak, const double* sum,
-                        const float* row_weight, int64_t rows, int64_t columns, int64_t first, int threads) {
-    for_each_row(logits, rows, columns, threads, [=](int64_t i, float* row) {
+template <class Evaluator>
+void differentiate_band(const Program* program, uint16_t* logits, const int64_t* target, const float* peak,
+                        const double* sum, const float* row_weight, int64_t rows, int64_t columns, int64_t first,
+                        int threads) {
+    for_each_row<Evaluator>(program, logits, rows, columns, threads, [=](Evaluator& evaluator, int64_t i, float* row) {
         const int64_t place = target[i] - first;
         const bool here = place >= 0 && place < columns;
-        const double slope = here ? Activation::slope(row[place]) : 0;
-        total<Activation, true>(row, columns, peak[i]);
+        const double slope = here ? evaluator.slope(row[place]) : 0;
+        total<true>(evaluator, row, columns, peak[i]);
         if (here) row[place] -= static_cast<float>(slope * sum[i]);
         const float scale = static_cast<float>(row_weight[i] / sum[i]);
         for (int64_t j = 0; j < columns; ++j) logits[i * columns + j] = to_bfloat16(row[j] * scale);
@@ -112,19 +110,24 @@ void differentiate_band(uint16_t* logits, const int64_t* target, const float* pe
 }  // namespace
 
 // The registered name of each activation becomes a function of the library: that it is there says that it is served.
-#define SERVE(name, Activation)                                                                                    \
-    extern "C" void rows_##name(float* logits, const int64_t* target, float* nll, int64_t rows, int64_t columns,   \
-                                int differentiate, int threads) {                                                  \
-        score_rows<Activation>(logits, target, nll, rows, columns, differentiate != 0, threads);                   \
-    }                                                                                                              \
-    extern "C" void add_band_##name(const uint16_t* logits, const int64_t* target, float* peak, double* sum,       \
-                                    float* of_target, int64_t rows, int64_t columns, int64_t first, int threads) { \
-        add_band<Activation>(logits, target, peak, sum, of_target, rows, columns, first, threads);                 \
-    }                                                                                                              \
-    extern "C" void differentiate_band_##name(uint16_t* logits, const int64_t* target, const float* peak,          \
-                                              const double* sum, const float* row_weight, int64_t rows,            \
-                                              int64_t columns, int64_t first, int threads) {                       \
-        differentiate_band<Activation>(logits, target, peak, sum, row_weight, rows, columns, first, threads);      \
+// The program is for Interpreted alone.
+#define SERVE(name, ...)                                                                                              \
+    extern "C" void rows_##name(const Program* program, float* logits, const int64_t* target, float* nll,             \
+                                int64_t rows, int64_t columns, int differentiate, int threads) {                      \
+        score_rows<__VA_ARGS__>(program, logits, target, nll, rows, columns, differentiate != 0, threads);            \
+    }                                                                                                                 \
+    extern "C" void add_band_##name(const Program* program, const uint16_t* logits, const int64_t* target,            \
+                                    float* peak, double* sum, float* of_target, int64_t rows, int64_t columns,        \
+                                    int64_t first, int threads) {                                                     \
+        add_band<__VA_ARGS__>(program, logits, target, peak, sum, of_target, rows, columns, first, threads);          \
+    }                                                                                                                 \
+    extern "C" void differentiate_band_##name(const Program* program, uint16_t* logits, const int64_t* target,        \
+                                              const float* peak, const double* sum, const float* row_weight,          \
+                                              int64_t rows, int64_t columns, int64_t first, int threads) {            \
+        differentiate_band<__VA_ARGS__>(program, logits, target, peak, sum, row_weight, rows, columns, first,         \
+                                        threads);                                                                     \
     }
 
 FOR_EACH_ACTIVATION(SERVE)
+
+extern "C" const char* program_operations() { return operation_names(); }

@@ -5,6 +5,9 @@ of the formula is one more pass over the chunk; ``compiled.cpp`` does them all w
 it comes in bands (:class:`Bands`). Where rows are few, ``tiles.cpp`` does the matrix products too. They are compiled
 for this machine when first used (some seconds) and kept in the cache folder. Without a compiler, or with
 ``LIT_SIGSOFTMAX_COMPILE=0``, nothing is served and the caller does it in PyTorch.
+
+Some activations are compiled with them (``activations.h``); others come as a program that ``interpreter.h`` runs
+(:mod:`lit_sigsoftmax.losses.programs`).
 """
 
 from __future__ import annotations
@@ -18,29 +21,37 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_sigsoftmax.activations import get_activation
+from lit_sigsoftmax.activations import Activation, name_of
+from lit_sigsoftmax.losses.programs import Program, record
 from lit_sigsoftmax.losses.reduction import check_targets
 from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
 __all__ = [
     "COMPILE_VARIABLE",
     "Bands",
+    "Evaluator",
     "available",
+    "evaluator",
     "score_and_differentiate",
-    "serves",
     "serves_tiles",
     "tiled_losses_and_gradients",
 ]
 
 COMPILE_VARIABLE = "LIT_SIGSOFTMAX_COMPILE"
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("compiled.cpp", "tiles.cpp", "activations.h", "bfloat16.h")]
+_SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("compiled.cpp", "tiles.cpp", "activations.h", "bfloat16.h", "interpreter.h")
+]
+_FAR = 60.0  # log of the sum of g, relative to that of the largest logit: short of where interpreter.h gives up
 # Not -ffast-math: it drops infinities, and its startup code would flush denormals in the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
@@ -54,11 +65,85 @@ def available() -> bool:
 
 
 def serves(activation: str | None) -> bool:
-    """Whether :func:`score_and_differentiate` and :class:`Bands` know this name's activation; None is a custom one."""
+    """Whether the activation of this name is compiled; None is a custom one."""
     return activation is not None and hasattr(_library(), f"rows_{activation}")
 
 
-def score_and_differentiate(logits: Tensor, target: Tensor, activation: str, differentiate: bool) -> Tensor:
+@dataclass(frozen=True)
+class Evaluator:
+    """An output activation as the compiled loss takes it; see :func:`evaluator`.
+
+    Attributes:
+        log_g: The activation.
+        name: What the functions that are compiled for it are called by: its own, or ``"program"``.
+        program: What the latter interpret.
+    """
+
+    log_g: Activation
+    name: str
+    program: Program | None = None
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Call one of the library's functions, with as many threads as PyTorch's."""
+        threads = ctypes.c_int(torch.get_num_threads())
+        program = None if self._structure is None else ctypes.byref(self._structure)
+        getattr(_library(), f"{function}_{self.name}")(program, *arguments, threads)
+
+    def trusts(self, nll: Tensor) -> bool:
+        """Whether the losses that it made are right.
+
+        Those of a program are infinite or NaN where ``g`` is ``e^64`` times that of the largest logit and more. The
+        activations that are compiled do not decrease.
+        """
+        return self.program is None or bool(nll.isfinite().all())
+
+    @cached_property
+    def _structure(self) -> _Program | None:
+        if (program := self.program) is None:
+            return None
+        return _Program(
+            _pointer(program.steps),
+            _pointer(program.constants),
+            program.steps_to_score,
+            len(program.steps),
+            len(program.constants),
+            program.registers,
+            program.score,
+            program.slope,
+        )
+
+
+class _Program(ctypes.Structure):
+    """A :class:`Program` as ``interpreter.h`` has it."""
+
+    _fields_ = [
+        ("steps", ctypes.c_void_p),
+        ("constants", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("steps_to_score", "steps_to_slope", "constants_", "registers", "score", "slope")
+        ),
+    ]
+
+
+def evaluator(log_g: Activation, types: int, gradient: bool) -> Evaluator | None:
+    """Return what takes an activation; None where there is no compiler, or it is no program.
+
+    Args:
+        log_g: An activation that holds no tensor with a gradient.
+        types: V.
+        gradient: Whether its derivative will be wanted.
+    """
+    name = name_of(log_g)
+    if not available():
+        return None
+    if serves(name):
+        return Evaluator(log_g, str(name))
+    program = record(log_g, types, gradient, _operations())
+    return None if program is None else Evaluator(log_g, "program", program)
+
+
+def score_and_differentiate(logits: Tensor, target: Tensor, activation: Evaluator, differentiate: bool) -> Tensor:
     """Turn rows of logits into their negative log-likelihoods and, in place, into gradients.
 
     With ``p`` the distribution of a row and ``y`` its target, one-hot, the row becomes ``(p - y) * d log_g / dz``. Uses
@@ -67,7 +152,7 @@ def score_and_differentiate(logits: Tensor, target: Tensor, activation: str, dif
     Args:
         logits: Shape (n, V), float32, contiguous, on the CPU. Overwritten if ``differentiate``.
         target: Shape (n,), int64, each below V.
-        activation: A registered name that :func:`serves` accepts.
+        activation: What takes the output activation.
         differentiate: Whether to overwrite ``logits`` with the gradient.
 
     Returns:
@@ -75,7 +160,7 @@ def score_and_differentiate(logits: Tensor, target: Tensor, activation: str, dif
         that a probability below ``exp(-64)`` of the row's largest counts as 0.
 
     Raises:
-        ValueError: The tensors are not as described, or the activation is not served.
+        ValueError: The tensors are not as described.
         IndexError: A target is negative, or not below V.
     """
     rows, columns = logits.shape
@@ -88,16 +173,14 @@ def score_and_differentiate(logits: Tensor, target: Tensor, activation: str, dif
                 f"{name} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: "
                 f"expected {shape}, {dtype}, contiguous, on the CPU"
             )
-    if not serves(activation):
-        raise ValueError(f"the compiled pass does not serve the output activation {activation!r}: ask serves() first")
     check_targets(target, columns)
     nll = logits.new_empty(rows)
-    getattr(_library(), f"rows_{activation}")(
+    activation.call(
+        "rows",
         *map(_pointer, (logits, target, nll)),
         ctypes.c_int64(rows),
         ctypes.c_int64(columns),
         ctypes.c_int(differentiate),
-        ctypes.c_int(torch.get_num_threads()),
     )
     return nll
 
@@ -109,10 +192,10 @@ class Bands:
 
     Args:
         target: Shape (n,), int64, contiguous, each below V, which is not checked.
-        activation: A registered name that :func:`serves` accepts.
+        activation: What takes the output activation.
     """
 
-    def __init__(self, target: Tensor, activation: str) -> None:
+    def __init__(self, target: Tensor, activation: Evaluator) -> None:
         self.target, self.activation = target, activation
         self.peak = torch.full_like(target, torch.finfo(torch.float32).min, dtype=torch.float32)
         self.sum = torch.zeros_like(target, dtype=torch.float64)  # of g, relative to that of the peak
@@ -122,10 +205,14 @@ class Bands:
         """Take logits, shape (n, m), contiguous, of the types from ``first`` on."""
         self._call("add_band", logits, self.target, self.peak, self.sum, self.of_target, first=first)
 
-    def losses(self) -> Tensor:
-        """Return the rows' losses in nats, shape (n,), float32, when all bands have been taken."""
-        log_g = get_activation(self.activation)
-        return (self.sum.log() + log_g(self.peak.double()) - log_g(self.of_target.double())).float()
+    def losses(self) -> Tensor | None:
+        """Return the rows' losses in nats, shape (n,), float32, when all bands have been taken.
+
+        None where they are not to be trusted (:meth:`Evaluator.trusts`).
+        """
+        log_g, log_total = self.activation.log_g, self.sum.log()
+        losses = (log_total + log_g(self.peak.double()) - log_g(self.of_target.double())).float()
+        return losses if self.activation.trusts(losses.where(log_total < _FAR, torch.inf)) else None
 
     def differentiate(self, logits: Tensor, first: int, row_weight: Tensor) -> None:
         """Overwrite a band with the derivatives of the losses' sum weighted by ``row_weight``: (n,), float32."""
@@ -134,21 +221,17 @@ class Bands:
     def _call(self, name: str, *tensors: Tensor, first: int) -> None:
         assert all(tensor.is_contiguous() for tensor in tensors)
         assert tensors[0].dtype == torch.bfloat16
-        getattr(_library(), f"{name}_{self.activation}")(
-            *map(_pointer, tensors),
-            *map(ctypes.c_int64, (*tensors[0].shape, first)),
-            ctypes.c_int(torch.get_num_threads()),
-        )
+        self.activation.call(name, *map(_pointer, tensors), *map(ctypes.c_int64, (*tensors[0].shape, first)))
 
 
-def serves_tiles(activation: str | None, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether :func:`tiled_losses_and_gradients` takes this activation, these tensors, and products of this dtype."""
+def serves_tiles(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`tiled_losses_and_gradients` takes these tensors, and products of this dtype."""
     return (
-        serves(activation)
-        and weight.is_cpu
+        weight.is_cpu
         and weight.is_contiguous()
         and {hidden.dtype, weight.dtype, dtype} <= {torch.float32, torch.bfloat16}
-        and bool(_library().tiles_take(ctypes.c_int64(weight.shape[1])))  # type: ignore[union-attr]
+        and (library := _library()) is not None
+        and bool(library.tiles_take(ctypes.c_int64(weight.shape[1])))
     )
 
 
@@ -158,7 +241,7 @@ def tiled_losses_and_gradients(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor,
-    activation: str,
+    activation: Evaluator,
     *,
     rounded: bool,
     chunk: int,
@@ -175,7 +258,7 @@ def tiled_losses_and_gradients(
         bias: Shape (V,), float32, contiguous, or None.
         target: Shape (n,), int64, contiguous, each below V, which is not checked.
         row_weight: Shape (n,), float32, contiguous.
-        activation: The registered name.
+        activation: What takes the output activation.
         rounded: Whether rows and weight are to be rounded to bfloat16.
         chunk: Rows whose logits are held at a time.
         wanted: Whether the gradients of rows, weight and bias are.
@@ -188,7 +271,8 @@ def tiled_losses_and_gradients(
     gradients = [torch.empty_like(t, dtype=torch.float32) if want and t is not None else None for t, want in made]
     if not len(rows):
         return nll, [None if gradient is None else gradient.zero_() for gradient in gradients]
-    getattr(_library(), f"tiles_{activation}")(
+    activation.call(
+        "tiles",
         _pointer(rows),
         ctypes.c_int(rows.dtype == torch.bfloat16),
         _pointer(weight),
@@ -196,13 +280,21 @@ def tiled_losses_and_gradients(
         ctypes.c_int(rounded),
         *map(_pointer, (bias, target, row_weight, nll, *gradients)),
         *map(ctypes.c_int64, (*rows.shape, len(weight), chunk)),
-        ctypes.c_int(torch.get_num_threads()),
     )
     return nll, gradients
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+@cache
+def _operations() -> list[str]:
+    library = _library()
+    assert library is not None
+    function = library.program_operations
+    function.restype = ctypes.c_char_p
+    return function().decode().split()
 
 
 @cache

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lit_sigsoftmax.activations import Activation, name_of
 from lit_sigsoftmax.losses import closed_forms, compiled
 from lit_sigsoftmax.losses.gemm import bfloat16_pays, linear
 
@@ -30,17 +29,16 @@ _OF_SIZE = 1.25  # or this times the hidden size, beside which the sum of hidden
 _MOST = 2**22  # but no more logits.
 
 
-def serves(weight: Tensor, dtype: torch.dtype, log_g: Activation) -> bool:
-    """Whether :func:`losses_and_gradients` takes this weight, products of this dtype, and this activation."""
-    return weight.is_cpu and dtype == torch.bfloat16 and closed_forms.has_closed_form(log_g) and bfloat16_pays()
+def serves(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`losses_and_gradients` takes this weight, and products of this dtype."""
+    return weight.is_cpu and dtype == torch.bfloat16 and bfloat16_pays()
 
 
 def losses_and_gradients(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    target: Tensor,
-    log_g: Activation,
+    bands: closed_forms.Bands | compiled.Bands,
     weigh: Callable[[Tensor], tuple[Tensor, Tensor]],
     gradients: Sequence[Tensor | None],
 ) -> Tensor | None:
@@ -50,17 +48,14 @@ def losses_and_gradients(
         rows: Hidden vectors of tokens, or of the experts of each, shape (n, d).
         weight: Shape (V, d).
         bias: Shape (V,), or None.
-        target: Shape (n,), int64, contiguous, each below V.
-        log_g: The output activation.
+        bands: What takes their logits, and knows their targets.
         weigh: From the losses of rows, (n,), to those of tokens and the weights of rows, both float32.
         gradients: Of rows, weight and bias, float32; None where not wanted.
 
     Returns:
-        None, with nothing added, where the closed form does not serve (:func:`closed_forms.closed_form`).
+        None, with nothing added, where ``bands`` has no losses.
     """
     rows = rows.to(torch.bfloat16)
-    name = str(name_of(log_g))
-    bands = compiled.Bands(target, name) if compiled.serves(name) else closed_forms.Bands(target, log_g)
     steps = range(0, len(weight), _types(len(rows), rows.shape[1], len(weight)))
 
     def band(first: int) -> tuple[Tensor, Tensor]:

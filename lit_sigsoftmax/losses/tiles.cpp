@@ -9,8 +9,8 @@
 #include <limits>
 #include <vector>
 
-#include "activations.h"
 #include "bfloat16.h"
+#include "interpreter.h"
 
 namespace {
 
@@ -179,17 +179,18 @@ struct Buffers {
 };
 
 // Losses of a chunk's rows, and their logits' derivatives, which are still to be multiplied by buffers.scale.
-template <class Activation>
-void score(const Layer& layer, const float* rows, const int64_t* target, const float* row_weight, int64_t count,
-           float* nll, Buffers& buffers) {
+template <class Evaluator>
+void score(const Program* program, const Layer& layer, const float* rows, const int64_t* target, const float* row_weight,
+           int64_t count, float* nll, Buffers& buffers) {
     const int64_t size = layer.size(), width = padded(count);
     float *const logits = buffers.logits.data(), *const transposed = buffers.rows.data();
     for (int64_t k = 0; k < size; ++k)
         for (int64_t i = 0; i < width; ++i) transposed[k * width + i] = i < count ? rows[i * size + k] : 0.0f;
-    std::vector<Activation> activations;
+    std::vector<typename Evaluator::At> at;
     std::vector<float> peak(width), of_target(count);
 #pragma omp parallel num_threads(layer.threads)
     {
+        Evaluator evaluator(program);
         float* const own_peak = buffers.peaks.data() + omp_get_thread_num() * width;
         double* const own_total = buffers.totals.data() + omp_get_thread_num() * width;
         std::fill(own_peak, own_peak + width, -std::numeric_limits<float>::infinity());
@@ -216,24 +217,15 @@ void score(const Layer& layer, const float* rows, const int64_t* target, const f
                 peak[i] = buffers.peaks.data()[i];
                 for (int t = 1; t < omp_get_num_threads(); ++t)
                     peak[i] = std::max(peak[i], buffers.peaks.data()[t * width + i]);
-                activations.emplace_back(peak[i]);
+                at.push_back(evaluator.at(peak[i]));
             }
             for (int64_t i = 0; i < count; ++i) of_target[i] = logits[target[i] * width + i];
         }
-        const Activation* const at = activations.data();
         float* const sum = of_tile.data();
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < layer.tiles(); ++t) {
             std::fill(sum, sum + width, 0.0f);
-            for (int64_t v = t * kTile; v < t * kTile + layer.types(t); ++v) {
-                float* const z = logits + v * width;
-#pragma omp simd
-                for (int64_t i = 0; i < width; ++i) {
-                    const Relative relative = at[i].at(z[i]);
-                    sum[i] += relative.value;
-                    z[i] = relative.derivative;
-                }
-            }
+            evaluator.of_lanes(at.data(), logits + t * kTile * width, layer.types(t), width, sum);
             for (int64_t i = 0; i < width; ++i) own_total[i] += sum[i];
         }
 #pragma omp for schedule(static)
@@ -241,9 +233,9 @@ void score(const Layer& layer, const float* rows, const int64_t* target, const f
             double total = 0;
             for (int t = 0; t < omp_get_num_threads(); ++t) total += buffers.totals[t * width + i];
             const double z = of_target[i];
-            nll[i] = loss_of<Activation>(total, peak[i], z);
+            nll[i] = loss_of(evaluator, total, peak[i], z);
             buffers.scale[i] = static_cast<float>(row_weight[i] / total);
-            logits[target[i] * width + i] -= static_cast<float>(Activation::slope(z) * total);
+            logits[target[i] * width + i] -= static_cast<float>(evaluator.slope(z) * total);
         }
     }
 }
@@ -294,15 +286,16 @@ void differentiate(const Layer& layer, const float* rows, int64_t count, const G
     }
 }
 
-template <class Activation>
-void losses_and_gradients(const Layer& layer, const Matrix& rows, const int64_t* target, const float* row_weight,
-                          int64_t count, int64_t chunk, float* nll, const Gradients& gradients) {
+template <class Evaluator>
+void losses_and_gradients(const Program* program, const Layer& layer, const Matrix& rows, const int64_t* target,
+                          const float* row_weight, int64_t count, int64_t chunk, float* nll,
+                          const Gradients& gradients) {
     Buffers buffers(layer, std::min(chunk, count), gradients.rows != nullptr);
     Aligned buffer = rows.buffer(chunk);
     for (int64_t start = 0; start < count; start += chunk) {
         const int64_t n = std::min(chunk, count - start);
         const float* const of_chunk = rows.rows(start, n, buffer);
-        score<Activation>(layer, of_chunk, target + start, row_weight + start, n, nll + start, buffers);
+        score<Evaluator>(program, layer, of_chunk, target + start, row_weight + start, n, nll + start, buffers);
         float* const of_rows = gradients.rows ? gradients.rows + start * layer.size() : nullptr;
         differentiate(layer, of_chunk, n, {of_rows, gradients.weight, gradients.bias}, start == 0, buffers);
     }
@@ -310,15 +303,16 @@ void losses_and_gradients(const Layer& layer, const Matrix& rows, const int64_t*
 
 }  // namespace
 
-#define SERVE(name, Activation)                                                                                      \
-    extern "C" void tiles_##name(const void* rows, int rows_bfloat16, const void* weight, int weight_bfloat16,        \
-                                 int rounded, const float* bias, const int64_t* target, const float* row_weight,      \
-                                 float* nll, float* of_rows, float* of_weight, float* of_bias, int64_t count,         \
-                                 int64_t size, int64_t vocab_size, int64_t chunk, int threads) {                      \
+#define SERVE(name, ...)                                                                                              \
+    extern "C" void tiles_##name(const Program* program, const void* rows, int rows_bfloat16, const void* weight,     \
+                                 int weight_bfloat16, int rounded, const float* bias, const int64_t* target,          \
+                                 const float* row_weight, float* nll, float* of_rows, float* of_weight,               \
+                                 float* of_bias, int64_t count, int64_t size, int64_t vocab_size, int64_t chunk,      \
+                                 int threads) {                                                                       \
         const Matrix hidden = {rows, size, rows_bfloat16 != 0, rounded != 0};                                         \
         const Layer layer = {{weight, size, weight_bfloat16 != 0, rounded != 0}, bias, vocab_size, threads};          \
-        losses_and_gradients<Activation>(layer, hidden, target, row_weight, count, chunk, nll,                        \
-                                         {of_rows, of_weight, of_bias});                                              \
+        losses_and_gradients<__VA_ARGS__>(program, layer, hidden, target, row_weight, count, chunk, nll,              \
+                                          {of_rows, of_weight, of_bias});                                             \
     }
 
 FOR_EACH_ACTIVATION(SERVE)

@@ -1,0 +1,212 @@
+"""An output activation as a program of PyTorch's elementwise operations, for the compiled loss.
+
+The function is run once on a row of logits, and the operations that PyTorch dispatches for it and for autograd's way
+back are written down: the derivative is autograd's own, custom functions and ``detach()`` included. ``interpreter.h``
+does them on logits that are in the cache. They are recorded anew for every loss, so that numbers which the function
+uses may change from step to step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_sigsoftmax.activations import Activation, derivative_of
+from lit_sigsoftmax.losses.pointwise import scores_of
+
+__all__ = ["Program", "record"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """From logits, in register 0, and constants, in the next ones, to log g and its derivative.
+
+    Attributes:
+        steps: int32, shape (m, 6): the number of an operation, the register of its result, and four of its arguments.
+        constants: float64, shape (c,).
+        steps_to_score: So many steps lead to log g; all of them to its derivative as well.
+        registers: How many there are.
+        score: The register of log g.
+        slope: The register of its derivative.
+    """
+
+    steps: Tensor
+    constants: Tensor
+    steps_to_score: int
+    registers: int
+    score: int
+    slope: int
+
+
+def record(log_g: Activation, types: int, gradient: bool, operations: Sequence[str]) -> Program | None:
+    """Return the program of an activation; None where it does anything else, or has no derivative.
+
+    Args:
+        log_g: An activation that holds no tensor with a gradient.
+        types: V: it is shown a row of so many logits.
+        gradient: Whether the derivative is wanted.
+        operations: The names of those that the interpreter knows, in the order of their numbers.
+    """
+    logits = torch.zeros(1, types, dtype=torch.float32, device="cpu", requires_grad=gradient)
+    recorder, derivative = _Recorder(operations, logits), derivative_of(log_g)
+    try:
+        with recorder, torch.enable_grad():
+            scores = slope = scores_of(log_g, logits)
+            steps_to_score = len(recorder.steps)
+            if gradient and derivative is not None:
+                slope = derivative(logits)
+            elif gradient and scores.requires_grad:
+                (slope,) = torch.autograd.grad(scores, logits, recorder.ones)
+            elif gradient:
+                return None
+        return _compact(recorder.steps, steps_to_score, recorder.operand(scores), recorder.operand(slope))
+    except _NoProgramError:
+        return None
+
+
+class _NoProgramError(Exception):
+    """The activation does something else than elementwise operations that the interpreter knows."""
+
+
+class _Constant(NamedTuple):
+    number: float
+
+
+_Operand = int | _Constant  # an int is the number of a value: 0 of the logits, n of what the n-th step makes
+_Step = tuple[int, list[_Operand]]  # an operation and its operands
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the operations on tensors of the logits' shape."""
+
+    def __init__(self, operations: Sequence[str], logits: Tensor) -> None:
+        super().__init__()
+        self.operations = {name: number for number, name in enumerate(operations)}
+        self.logits, self.ones = logits, torch.ones_like(logits)
+        self.steps: list[_Step] = []
+        self._known: dict[int, tuple[Tensor, _Operand]] = {}  # by identity, so the tensors must not go
+        self._know(self.logits, 0)
+        self._know(self.ones, _Constant(1.0))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name, schema = func._schema.name.removeprefix("aten::"), func._schema.arguments
+        out = result[0] if name == "log_sigmoid_forward" else result
+        if not isinstance(out, Tensor) or out.dtype not in (torch.float32, torch.bool):
+            raise _NoProgramError
+        if func._schema.is_mutable:  # in place, which no other tensor may notice
+            known = (tensor for tensor, _ in self._known.values())
+            if out is not args[0] or any(t is not out and _share_memory(t, out) for t in known):
+                raise _NoProgramError
+            name = name.removesuffix("_")
+        given = {argument.name: argument.default_value for argument in schema}
+        given |= dict(zip(given, args, strict=False)) | (kwargs or {})
+        if name in _CONSTANTS:
+            self._know(out, self.operand(_CONSTANTS[name](given)))
+        elif out.shape == self.logits.shape and out is not self.logits:
+            self._know(out, self._value(name, given, out.dtype == torch.bool))
+        else:
+            raise _NoProgramError
+        return result
+
+    def operand(self, given: Any) -> _Operand:
+        """What an operation's argument is: the value that a tensor is known to have, or a number."""
+        if isinstance(given, Tensor):
+            if id(given) in self._known:
+                return self._known[id(given)][1]
+            if given.dim() or not given.is_cpu:
+                raise _NoProgramError
+            given = given.item()
+        if not isinstance(given, (bool, int, float)):
+            raise _NoProgramError
+        return _Constant(float(given))
+
+    def _know(self, tensor: Tensor, value: _Operand) -> None:
+        self._known[id(tensor)] = (tensor, value)
+
+    def _value(self, name: str, given: dict[str, Any], is_truth: bool) -> _Operand:
+        unusual = any(given.get(key, usual) != usual for key, usual in _USUAL.items())
+        if unusual or (is_truth and name not in _TRUTHS):
+            raise _NoProgramError
+        operands = {key: value for key, value in given.items() if key not in _USUAL and key not in _WITHOUT_MEANING}
+        if name == "clamp":
+            operands = {key: _ENDS[key] if value is None else value for key, value in operands.items()}
+        if name == "pow":
+            name = _POWERS.get(operands.pop("exponent"), "")
+        name = _OTHER_NAMES.get(name, name)
+        found = [self.operand(value) for value in operands.values()]
+        if name == "same":
+            return found[0]
+        if name not in self.operations:
+            raise _NoProgramError
+        self.steps.append((self.operations[name], found))
+        return len(self.steps)
+
+
+_CONSTANTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "full_like": lambda given: given["fill_value"],
+    "ones_like": lambda given: 1,
+    "scalar_tensor": lambda given: given["s"],
+    "zeros_like": lambda given: 0,
+}
+_POWERS = {1: "same", 2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
+_ENDS = {"min": -math.inf, "max": math.inf}
+_TRUTHS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "where", "masked_fill"} | {
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_not",
+    "detach",
+    "clone",
+    "alias",
+}  # operations whose result is true or false where their arguments are
+_OTHER_NAMES = {
+    "sign": "sgn",
+    "bitwise_and": "logical_and",
+    "bitwise_or": "logical_or",
+    "bitwise_not": "logical_not",
+} | dict.fromkeys(("_to_copy", "alias", "clone", "detach", "lift_fresh"), "same")
+# Arguments that the interpreter does not take: it serves their usual value, or any.
+_USUAL = {"alpha": 1, "rounding_mode": None, "self_is_result": False}
+_WITHOUT_MEANING = {"buffer", "device", "dtype", "layout", "memory_format", "non_blocking", "pin_memory"}
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _compact(steps: Sequence[_Step], steps_to_score: int, *results: _Operand) -> Program:
+    """Leave out the steps that lead nowhere, and give each value a register, again once it is not needed any more."""
+    last_use: dict[_Operand, int] = dict.fromkeys(results, len(steps) + 1)
+    for number in range(len(steps), 0, -1):
+        if number in last_use:
+            for operand in steps[number - 1][1]:
+                last_use.setdefault(operand, number)
+    constants = [operand for operand in last_use if isinstance(operand, _Constant)]
+    registers: dict[_Operand, int] = {0: 0} | {constant: k for k, constant in enumerate(constants, start=1)}
+    count, free, code, kept_to_score = len(registers), list[int](), list[list[int]](), 0
+    for number, (operation, operands) in enumerate(steps, start=1):
+        if number not in last_use:
+            continue
+        arguments = [registers[operand] for operand in operands]
+        free += {registers[o] for o in operands if isinstance(o, int) and o and last_use[o] == number}
+        if not free:
+            free.append(count)
+            count += 1
+        registers[number] = free.pop()
+        code.append([operation, registers[number], *arguments, *[0] * (4 - len(arguments))])
+        kept_to_score += number <= steps_to_score
+    score, slope = (registers[result] for result in results)
+    return Program(
+        torch.tensor(code, dtype=torch.int32, device="cpu").view(-1, 6),
+        torch.tensor([c.number for c in constants], dtype=torch.float64, device="cpu"),
+        kept_to_score,
+        count,
+        score,
+        slope,
+    )
