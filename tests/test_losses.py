@@ -25,7 +25,7 @@ from lit_sigsoftmax.losses import chunks, closed_forms, compiled, gemm, sizes, s
 from lit_sigsoftmax.losses.pointwise import Penalty, general
 
 N, HIDDEN, VOCAB = 90, 6, 40
-WAYS = ["compiled", "program", "closed form", "derivative", "graph", "general"]
+WAYS = ["compiled", "program", "closed form", "derivative", "general"]
 
 every_activation = pytest.mark.parametrize("name", available_activations())
 
@@ -48,7 +48,7 @@ def way(request, monkeypatch):
             return "closed form"
         if request.param == "derivative" and chunks.has_closed_form(layer.log_g):
             return "derivative"
-        return "graph" if request.param == "graph" and not (any(layer.penalty) or held) else "general"
+        return "general"
 
     if request.param == "derivative":
         monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})

@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lit_sigsoftmax.activations import Activation
 from lit_sigsoftmax.losses import compiled, sizes, sweeps, triton_backend
-from lit_sigsoftmax.losses.closed_forms import Bands, by_graph, closed_form, has_closed_form, shares_exponentials
+from lit_sigsoftmax.losses.closed_forms import Bands, closed_form, has_closed_form, shares_exponentials
 from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, general
 from lit_sigsoftmax.losses.reduction import check_targets, mix
@@ -317,9 +317,8 @@ class _Sums:
         if self.way == "triton":
             loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
             return logits, Pointwise(loss)
-        block = experts * max(1, sizes.of_block(logits) // experts)  # whole tokens
         if self.way != "general":
-            if outcome := self._near_zero(logits, target, gradient, block):
+            if outcome := self._near_zero(logits, target, gradient):
                 return logits, outcome
             self.way = "general"  # and so it will be for the next chunks
             logits = linear(rows, self.weight, self.bias).to(layer.precision)
@@ -329,16 +328,14 @@ class _Sums:
             layer.log_g,
             layer.penalty,
             gradient,
-            block=block,
+            block=experts * max(1, sizes.of_block(logits) // experts),  # whole tokens
             parameters=self.held,
             weigh=lambda start, loss: combine(start, loss)[1].view(-1),
         )
         return logits, outcome
 
-    def _near_zero(self, logits: Tensor, target: Tensor, gradient: bool, block: int) -> Pointwise | None:
+    def _near_zero(self, logits: Tensor, target: Tensor, gradient: bool) -> Pointwise | None:
         """None where logits are so far from zero, or g so unlike, that ``general`` has to do it."""
-        if self.way == "graph":
-            return by_graph(logits, target, self.layer.log_g, gradient, block=block)
         if self.evaluator is None:
             return closed_form(logits, target, self.layer.log_g, gradient)
         loss = compiled.score_and_differentiate(logits, target, self.evaluator, gradient)
@@ -347,7 +344,7 @@ class _Sums:
 
 def _way(
     layer: Layer, weight: Tensor, held: Sequence[Tensor], evaluator: compiled.Evaluator | None
-) -> Literal["compiled", "triton", "closed form", "derivative", "graph", "general"]:
+) -> Literal["compiled", "triton", "closed form", "derivative", "general"]:
     """How logits become losses and derivatives: the modules that ``_Sums._pointwise`` calls."""
     if evaluator:
         return "compiled"
@@ -358,7 +355,7 @@ def _way(
         return "triton" if by_triton else "general"
     if shares_exponentials(layer.log_g):
         return "closed form"
-    return "derivative" if has_closed_form(layer.log_g) else "graph"
+    return "derivative" if has_closed_form(layer.log_g) else "general"
 
 
 def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: Tensor) -> tuple[Tensor, Tensor]:

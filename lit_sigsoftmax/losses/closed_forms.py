@@ -2,8 +2,7 @@
 
 ``log p = log g(z) - log sum g`` needs no more, and the passes over the logits are few and cheap. For four activations
 they share their exponentials; any other that is registered with its derivative is taken as ``exp(log_g)``. Rows come
-whole (:func:`closed_form`) or in bands of the vocabulary (:class:`Bands`). Other callables go through autograd's graph
-(:func:`by_graph`).
+whole (:func:`closed_form`) or in bands of the vocabulary (:class:`Bands`).
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, derivative_of, name_of
-from lit_sigsoftmax.losses.pointwise import Pointwise, scores_of, traced
+from lit_sigsoftmax.losses.pointwise import Pointwise
 
-__all__ = ["Bands", "by_graph", "closed_form", "has_closed_form", "shares_exponentials"]
+__all__ = ["Bands", "closed_form", "has_closed_form", "shares_exponentials"]
 
 _BLOCK_OF_BAND = 2**17  # logits that a pass takes at a time
 
@@ -55,40 +54,6 @@ def closed_form(logits: Tensor, target: Tensor, log_g: Activation, gradient: boo
         logits.scatter_add_(-1, index, derivative(of_target) / -form.factor * total)
     loss = total.double().log() - log_g(of_target.double())  # both may be large
     return Pointwise(loss.to(total.dtype).squeeze(-1), (form.factor / total).squeeze(-1))
-
-
-def by_graph(logits: Tensor, target: Tensor, log_g: Activation, gradient: bool, *, block: int) -> Pointwise | None:
-    """Do the same for any callable, through autograd's graph of a block of rows; see :func:`closed_form`.
-
-    Args:
-        logits: Shape (n, V), float32 or float64; overwritten by the derivatives of each row's loss.
-        target: Valid token ids, shape (n,).
-        log_g: An activation that holds no tensors with a gradient.
-        gradient: Whether the logits are differentiated.
-        block: Rows taken at a time.
-    """
-    index = target.unsqueeze(-1)
-    blocks = zip(logits.split(block), index.split(block), strict=True)
-    found = [_of_graph(z, i, log_g, gradient) for z, i in blocks]
-    total, of_target, g_of_target = (torch.cat(of_blocks) for of_blocks in zip(*found, strict=True))
-    if not (_far_from_the_end(total) and (not gradient or _far_from_the_end(g_of_target))):
-        return None
-    if gradient:
-        of_g = logits.gather(-1, index)  # (g - total) d log_g / dz, of which this is g d log_g / dz
-        logits.scatter_(-1, index, (of_g * (1 - total.double() / g_of_target)).to(logits.dtype))
-    loss = total.double().log() - of_target
-    return Pointwise(loss.to(total.dtype).squeeze(-1), (1 / total).squeeze(-1))
-
-
-def _of_graph(z: Tensor, index: Tensor, log_g: Activation, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of g over each row, and of the target log g and g, each (n, 1); z becomes the derivative of g."""
-    leaf, scores, graph = traced(log_g, z) if gradient else (z, scores_of(log_g, z), None)
-    of_target, g = scores.gather(-1, index), scores.exp()
-    del scores
-    total, g_of_target = g.sum(-1, keepdim=True), g.gather(-1, index)
-    if graph is not None:
-        z.copy_(torch.autograd.grad(graph, leaf, g)[0])
-    return total, of_target, g_of_target
 
 
 class Bands:

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lit_sigsoftmax.activations import Activation, derivative_of
 
-__all__ = ["Penalty", "Pointwise", "general", "leaves", "scores_of", "traced"]
+__all__ = ["Penalty", "Pointwise", "general", "leaves", "scores_of"]
 
 _NEGLIGIBLE = -64.0  # e^-64 is 1e-28
 
@@ -97,7 +97,7 @@ def _block(
     derivative = derivative_of(log_g)  # none where there are parameters
     by_autograd = gradient and derivative is None
     if by_autograd:
-        z, scores, graph = traced(log_g, logits, parameters)
+        z, scores, graph = _traced(log_g, logits, parameters)
     else:
         z, scores, graph = logits, scores_of(log_g, logits), None
     smoothing, z_loss = penalty
@@ -133,7 +133,9 @@ def _block(
     return loss, of_parameters
 
 
-def traced(log_g: Activation, logits: Tensor, parameters: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, GradientEdge]:
+def _traced(
+    log_g: Activation, logits: Tensor, parameters: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, GradientEdge]:
     """Return logits that want a gradient, their scores without one, and the graph between them.
 
     The scores' numbers are let go of with them, unless the graph needs them itself.

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["groups", "of_block", "of_chunks", "of_tiles"]
 
 # A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
-_SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "derivative": 12, "graph": 12, "general": 12}
+_SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "derivative": 12, "general": 12}
 _TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
 _MOST = 31 * 2**18  # ... nor more logits: a block of 32 MB glibc takes from the system anew each time
