@@ -189,6 +189,22 @@ def test_rounding_is_torchs():
     assert torch.equal(of_hidden, expected)
 
 
+def test_chunks_of_any_size():
+    (hidden, weight, bias), target = layer(300, 96, 400)
+    found = [
+        tiled_losses_and_gradients(
+            *(hidden, weight, bias, target, torch.ones(300), of("sigsoftmax")),
+            rounded=False,
+            chunk=chunk,
+            wanted=[True] * 3,
+        )
+        for chunk in (16, 128, 304)
+    ]
+    for nll, gradients in found[1:]:
+        torch.testing.assert_close(nll, found[0][0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-5, atol=1e-5)
+
+
 def test_threads_agree(monkeypatch):
     inputs, target = layer(90, 96, 1000)
     found = []

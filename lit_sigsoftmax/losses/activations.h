@@ -143,10 +143,11 @@ float loss_of(Evaluator& evaluator, double total, double peak, double z) {
 
 }  // namespace
 
-// The registered name of each and its struct.
-#define FOR_EACH_ACTIVATION(SERVE)         \
-    SERVE(softmax, BuiltIn<Softmax>)       \
-    SERVE(sigsoftmax, BuiltIn<Sigsoftmax>) \
-    SERVE(sigmoid, BuiltIn<Sigmoid>)       \
-    SERVE(relu, BuiltIn<Relu>)             \
-    SERVE(program, Interpreted)
+// What comes before and after the names of its functions, which is how they are found by the registered name, and who
+// takes it.
+#define FOR_EACH_ACTIVATION(SERVE)           \
+    SERVE(, _softmax, BuiltIn<Softmax>)       \
+    SERVE(, _sigsoftmax, BuiltIn<Sigsoftmax>) \
+    SERVE(, _sigmoid, BuiltIn<Sigmoid>)       \
+    SERVE(, _relu, BuiltIn<Relu>)             \
+    SERVE(program_, , Interpreted)

@@ -109,25 +109,23 @@ void differentiate_band(const Program* program, uint16_t* logits, const int64_t*
 
 }  // namespace
 
-// The registered name of each activation becomes a function of the library: that it is there says that it is served.
-// The program is for Interpreted alone.
-#define SERVE(name, ...)                                                                                              \
-    extern "C" void rows_##name(const Program* program, float* logits, const int64_t* target, float* nll,             \
-                                int64_t rows, int64_t columns, int differentiate, int threads) {                      \
+#define SERVE(before, after, ...)                                                                                     \
+    extern "C" void before##rows##after(const Program* program, float* logits, const int64_t* target, float* nll,     \
+                                        int64_t rows, int64_t columns, int differentiate, int threads) {              \
         score_rows<__VA_ARGS__>(program, logits, target, nll, rows, columns, differentiate != 0, threads);            \
     }                                                                                                                 \
-    extern "C" void add_band_##name(const Program* program, const uint16_t* logits, const int64_t* target,            \
-                                    float* peak, double* sum, float* of_target, int64_t rows, int64_t columns,        \
-                                    int64_t first, int threads) {                                                     \
+    extern "C" void before##add_band##after(const Program* program, const uint16_t* logits, const int64_t* target,    \
+                                            float* peak, double* sum, float* of_target, int64_t rows,                 \
+                                            int64_t columns, int64_t first, int threads) {                            \
         add_band<__VA_ARGS__>(program, logits, target, peak, sum, of_target, rows, columns, first, threads);          \
     }                                                                                                                 \
-    extern "C" void differentiate_band_##name(const Program* program, uint16_t* logits, const int64_t* target,        \
-                                              const float* peak, const double* sum, const float* row_weight,          \
-                                              int64_t rows, int64_t columns, int64_t first, int threads) {            \
+    extern "C" void before##differentiate_band##after(                                                                \
+        const Program* program, uint16_t* logits, const int64_t* target, const float* peak, const double* sum,        \
+        const float* row_weight, int64_t rows, int64_t columns, int64_t first, int threads) {                         \
         differentiate_band<__VA_ARGS__>(program, logits, target, peak, sum, row_weight, rows, columns, first,         \
                                         threads);                                                                     \
     }
 
 FOR_EACH_ACTIVATION(SERVE)
 
-extern "C" const char* program_operations() { return operation_names(); }
+extern "C" const char* operations() { return operation_names(); }

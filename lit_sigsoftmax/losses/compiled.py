@@ -75,19 +75,18 @@ class Evaluator:
 
     Attributes:
         log_g: The activation.
-        name: What the functions that are compiled for it are called by: its own, or ``"program"``.
-        program: What the latter interpret.
+        program: What is interpreted; None where the activation is compiled itself.
     """
 
     log_g: Activation
-    name: str
     program: Program | None = None
 
     def call(self, function: str, *arguments: Any) -> None:
         """Call one of the library's functions, with as many threads as PyTorch's."""
         threads = ctypes.c_int(torch.get_num_threads())
+        symbol = f"program_{function}" if self.program else f"{function}_{name_of(self.log_g)}"
         program = None if self._structure is None else ctypes.byref(self._structure)
-        getattr(_library(), f"{function}_{self.name}")(program, *arguments, threads)
+        getattr(_library(), symbol)(program, *arguments, threads)
 
     def trusts(self, nll: Tensor) -> bool:
         """Whether the losses that it made are right.
@@ -121,7 +120,7 @@ class _Program(ctypes.Structure):
         ("constants", ctypes.c_void_p),
         *(
             (name, ctypes.c_int32)
-            for name in ("steps_to_score", "steps_to_slope", "constants_", "registers", "score", "slope")
+            for name in ("steps_to_score", "steps_to_slope", "constant_count", "register_count", "score", "slope")
         ),
     ]
 
@@ -134,13 +133,12 @@ def evaluator(log_g: Activation, types: int, gradient: bool) -> Evaluator | None
         types: V.
         gradient: Whether its derivative will be wanted.
     """
-    name = name_of(log_g)
     if not available():
         return None
-    if serves(name):
-        return Evaluator(log_g, str(name))
+    if serves(name_of(log_g)):
+        return Evaluator(log_g)
     program = record(log_g, types, gradient, _operations())
-    return None if program is None else Evaluator(log_g, "program", program)
+    return None if program is None else Evaluator(log_g, program)
 
 
 def score_and_differentiate(logits: Tensor, target: Tensor, activation: Evaluator, differentiate: bool) -> Tensor:
@@ -292,7 +290,7 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 def _operations() -> list[str]:
     library = _library()
     assert library is not None
-    function = library.program_operations
+    function = library.operations
     function.restype = ctypes.c_char_p
     return function().decode().split()
 

@@ -257,21 +257,22 @@ class Interpreted {
 
     // The same for types of the vocabulary whose logits for all rows lie side by side.
     void of_lanes(const At* at, float* z, int64_t types, int64_t width, float* sum) {
-        const int64_t step = std::max<int64_t>(1, kBlock / width);
-        for (int64_t first = 0; first < types; first += step) {
-            const int64_t n = std::min(step, types - first);
-            block.run(z + first * width, n * width, true);
-            const float *const score = block.score(), *const slope = block.slope();
-            for (int64_t v = 0; v < n; ++v) {
-                float* const of_type = z + (first + v) * width;
+        const int64_t lanes = std::min(width, kBlock), step = kBlock / lanes;  // of several types if of all rows
+        for (int64_t first = 0; first < types; first += step)
+            for (int64_t lane = 0; lane < width; lane += lanes) {
+                const int64_t n = std::min(step, types - first), count = std::min(lanes, width - lane);
+                block.run(z + first * width + lane, n * count, true);
+                for (int64_t v = 0; v < n; ++v) {
+                    const float *const score = block.score() + v * count, *const slope = block.slope() + v * count;
+                    float* const of_type = z + (first + v) * width + lane;
 #pragma omp simd
-                for (int64_t i = 0; i < width; ++i) {
-                    const float g = relative(score[v * width + i] - at[i].shift);
-                    sum[i] += g;
-                    of_type[i] = g == 0 ? 0.0f : g * slope[v * width + i];
+                    for (int64_t i = 0; i < count; ++i) {
+                        const float g = relative(score[i] - at[lane + i].shift);
+                        sum[lane + i] += g;
+                        of_type[i] = g == 0 ? 0.0f : g * slope[i];
+                    }
                 }
             }
-        }
     }
 
    private:
