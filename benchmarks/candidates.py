@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_sigsoftmax import OutputHead
-from lit_sigsoftmax.activations import ActivationSpec, available_activations, get_activation
+from lit_sigsoftmax.activations import ActivationSpec, available_activations
 from lit_sigsoftmax.functional import linear_cross_entropy
 from lit_sigsoftmax.losses import compiled, gemm
-from lit_sigsoftmax.losses.closed_forms import shares_exponentials
 
 __all__ = ["Candidate", "Inputs", "Size", "Step", "candidates", "inputs_of", "products"]
 
@@ -95,7 +94,7 @@ def candidates(size: Size, device: torch.device) -> list[Candidate]:
         "", "stock softmax", lambda name: _training(functools.partial(linear_cross_entropy, activation=name)), device
     )
     users = functools.partial(linear_cross_entropy, activation=lambda z: z + F.logsigmoid(z))
-    found.append(Candidate("a lambda, sigsoftmax's", "stock softmax", _training(users), "sigsoftmax"))
+    found += _both("a lambda, sigsoftmax's", "stock softmax", _training(users), device, "sigsoftmax")
     sigsoftmax = functools.partial(linear_cross_entropy, activation="sigsoftmax")
     softmax = functools.partial(linear_cross_entropy, activation="softmax")
     bfloat16 = functools.partial(torch.autocast, device.type, torch.bfloat16)
@@ -108,6 +107,7 @@ def candidates(size: Size, device: torch.device) -> list[Candidate]:
         found.append(Candidate(baseline, baseline, of(_stock)))
         found += _both(f"{kind}: sigsoftmax", baseline, of(sigsoftmax), device)
         found += _both(f"{kind}: softmax", baseline, of(softmax), device)
+        found += _both(f"{kind}: a lambda, sigsoftmax's", baseline, of(users), device, f"{kind}: sigsoftmax")
     if device.type == "cpu":
         found.append(Candidate("three products in chunks", "stock softmax", _chunked_products))
     return found + (_public_kernels(bfloat16) if device.type == "cuda" else [])
@@ -213,20 +213,14 @@ def _mixtures(device: torch.device) -> list[Candidate]:
 def _registered(
     kind: str, baseline: str, of: Callable[[str], Callable[[Inputs], Step]], device: torch.device
 ) -> list[Candidate]:
-    """Every registered activation, and without a compiler where it would be compiled."""
-    found = []
-    for name in available_activations():
-        if shares_exponentials(get_activation(name)):
-            found += _both(f"{kind}{name}", baseline, of(name), device, f"{kind}sigsoftmax")
-        else:
-            found.append(Candidate(f"{kind}{name}", baseline, of(name), f"{kind}sigsoftmax"))
-    return found
+    peer = f"{kind}sigsoftmax"
+    return [c for name in available_activations() for c in _both(f"{kind}{name}", baseline, of(name), device, peer)]
 
 
 def _both(
     name: str, baseline: str, make: Callable[[Inputs], Step], device: torch.device, peer: str | None = None
 ) -> list[Candidate]:
-    """A candidate with the compiled pass, where the machine has it, and as on a machine without a compiler."""
+    """A candidate as it is, and as on a machine without a compiler."""
 
     def without(inputs: Inputs) -> Step:
         step = make(inputs)

@@ -45,8 +45,7 @@ def test_loss_compares_every_activation(tmp_path):
     sizes = ("--sizes", "20,8,50", "12,8,50,3")
     output, (plain, mixture) = run_benchmark("loss.py", *sizes, "--repeats=2", "--memory-repeats=1", cwd=tmp_path)
     names = {c["name"] for c in plain["candidates"]}
-    every = {f"{name}{suffix}" for name in available_activations() for suffix in ("", ", no compiler")}
-    every |= {"softcap"}
+    every = {f"{name}{suffix}" for name in (*available_activations(), "softcap") for suffix in ("", ", no compiler")}
     assert every | {"stock softmax", "naive sigsoftmax", "bfloat16: sigsoftmax", "evaluation: sigsoftmax"} < names
     assert {f"mixture, {name}" for name in every} < {c["name"] for c in mixture["candidates"]}
     for result in (plain, mixture):
