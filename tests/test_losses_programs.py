@@ -1,7 +1,9 @@
 """Any elementwise function as a program of PyTorch's operations, for the compiled loss."""
 
+import ctypes
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from test_losses_compiled import LOGITS, draw, needs_compiler
@@ -9,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lit_sigsoftmax import activations
 from lit_sigsoftmax.functional import linear_cross_entropy
-from lit_sigsoftmax.losses import compiled, sizes, sweeps
+from lit_sigsoftmax.losses import chunks, compiled, sizes, sweeps
 from lit_sigsoftmax.losses.compiled import evaluator, score_and_differentiate
 
 pytestmark = needs_compiler
@@ -77,35 +80,34 @@ NUMBERS = torch.cat([
 ])  # fmt: skip
 
 
+def run(takes, logits):
+    """Scores and slopes."""
+    found = torch.empty(2, len(logits))
+    pointers = [compiled._pointer(x) for x in (logits, *found)]
+    compiled._library().run(ctypes.byref(takes._structure), *pointers, ctypes.c_int64(len(logits)))
+    return found
+
+
 def test_every_operation_is_here():
     assert list(OPERATIONS) == compiled._operations()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_is_torchs(name):
-    """As the derivative of a constant, by which the probability of each type, 1 / V, is multiplied."""
-
-    class Slope(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, z):
-            ctx.save_for_backward(z)
-            return torch.zeros_like(z)
-
-        @staticmethod
-        def backward(ctx, grad):
-            (z,) = ctx.saved_tensors
-            return grad * OPERATIONS[name](z)
-
-    columns = 2**14  # so that nothing is rounded
-    logits = F.pad(NUMBERS, (1, columns - len(NUMBERS) - 1)).unsqueeze(0)
-    z = logits[0, 1:].clone()
-    takes = evaluator(Slope.apply, columns, gradient=True)
+    takes = evaluator(OPERATIONS[name], 100, gradient=False)
     assert compiled._operations().index(name) in takes.program.steps[:, 0]
-    score_and_differentiate(logits, torch.tensor([0]), takes, differentiate=True)
-    actual, expected = columns * logits[0, 1:].double(), OPERATIONS[name](z.double()).float().double()
-    normal = expected.abs() > 1e-33  # as much smaller as the probability, the others would have lost digits
-    torch.testing.assert_close(actual[normal], expected[normal], rtol=1e-6, atol=1e-7, equal_nan=True)
-    torch.testing.assert_close(actual[~normal], expected[~normal], rtol=0, atol=1e-33, equal_nan=True)
+    score, expected = run(takes, NUMBERS)[0].double(), OPERATIONS[name](NUMBERS.double()).float().double()
+    torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_logit_is_as_many_are(name):
+    """The target's score must be the one that is in the sum, bit for bit."""
+    takes = evaluator(OPERATIONS[name], 100, gradient=False)
+    numbers = NUMBERS[::7].clone()
+    together = run(takes, numbers)[0]
+    alone = torch.cat([run(takes, number.view(1))[0] for number in numbers])
+    assert torch.equal(together.view(torch.int32), alone.view(torch.int32))
 
 
 class Rounded(torch.autograd.Function):
@@ -201,6 +203,26 @@ def into_another(z):
     return z + y
 
 
+def numpys_own(z):
+    y = torch.zeros_like(z)
+    with torch.no_grad():
+        np.arctan(z.detach().numpy(), out=y.numpy())
+    return z + y
+
+
+def other_data(z):
+    y = z.clone()
+    y.data = torch.tanh(z.detach())
+    return y
+
+
+def otherwise_if_that_fails(z):
+    try:
+        return 3 * torch.erf(z)
+    except Exception:
+        return z
+
+
 OTHERWISE = {
     "another operation": F.gelu,
     "float64": lambda z: torch.tanh(z.double()).to(z.dtype),
@@ -212,6 +234,12 @@ OTHERWISE = {
     "shape": lambda z: (2 * z).t().t(),
     "in place of what others see": aliased,
     "into another": into_another,
+    "what PyTorch does not see": numpys_own,
+    "other data": other_data,
+    "error caught": otherwise_if_that_fails,
+    "truth as a number": lambda z: z * torch.full_like(z, 5, dtype=torch.bool),
+    "truth filled": lambda z: z + (z > 0).masked_fill(z < -1, 5).float(),
+    "truths": lambda z: z > 0,
     "of truth": lambda z: z * ((z > 0) + (z > 1)),
     "power": lambda z: (z.abs() + 1) ** 0.3,
     "rounded division": lambda z: z + torch.div(z, 3, rounding_mode="floor").detach(),
@@ -235,8 +263,15 @@ def test_an_error_of_the_functions_own_is_not_hidden():
     def function(z):
         raise KeyError("mine")
 
+    assert evaluator(function, 10, gradient=True) is None
     with pytest.raises(KeyError, match="mine"):
-        evaluator(function, 10, gradient=True)
+        losses_and_gradients(*layer(), function)
+
+
+def test_zeros_have_signs():
+    function = lambda z: z * (1 / torch.where(z > 0, 0.0, -0.0)).clamp(-1, 1)  # noqa: E731
+    numbers = torch.tensor([-2.0, 3.0])
+    assert run(evaluator(function, 10, gradient=False), numbers)[0].tolist() == [2.0, 3.0]
 
 
 def layer(n=40, size=24, vocab_size=100, scale=1.0):
@@ -286,7 +321,7 @@ def test_a_loss_of_any_function_takes_the_compiled_ways(calls, monkeypatch):
     calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
         losses_and_gradients(*layer(), function)
-    assert set(calls) == {"add_band", "differentiate_band"}
+    assert set(calls) == {"add_band", "bands_losses", "differentiate_band"}
     calls.clear()
     for without in (torch.no_grad, torch.inference_mode):
         with without():
@@ -325,7 +360,10 @@ def test_g_of_another_logit_may_be_beyond_the_end_of_numbers(function, autocast,
 @pytest.mark.parametrize("name", [name for name in OTHERWISE if name != "over the row"])  # which none may go
 def test_the_loss_is_right_without_a_program(name, calls):
     function = OTHERWISE[name]
-    if name == "without a derivative":
+    if name == "truths":
+        with pytest.raises(ValueError, match="does not depend on its input"):
+            losses_and_gradients(*layer(), function)
+    elif name == "without a derivative":
         with pytest.raises(ValueError, match="does not depend on its input"):
             check(function, layer())
     else:
@@ -383,6 +421,133 @@ def test_under_checkpointing(reentrant, calls):
     for found, exact_one in zip((loss.detach(), hidden.grad, weight.grad), expected, strict=True):
         torch.testing.assert_close(found, exact_one)
     assert set(calls) == {"rows"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: torch.log(torch.relu(z) + torch.finfo(z.dtype).eps),
+        lambda z: z * len(z.shape) / 2 * z.shape[-1] ** -0.1,
+        lambda z: z.where(torch.tensor(z.dtype == torch.float32), -z),
+    ],
+    ids=["precision", "shape", "dtype"],
+)
+def test_a_function_sees_rows_of_float32_alone(function, calls):
+    inputs = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses_and_gradients(*inputs, function)
+        naive = losses_and_gradients(*inputs, function, backend="reference")
+    for ours, theirs in zip(found, naive, strict=True):
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+@pytest.mark.parametrize("function", [lambda z: z + 10 * F.relu(z - 0.1), lambda z: torch.where(z > 0.1, z + 2, z)])
+def test_kinks_are_where_float32_has_them(function, calls):
+    hidden, weight, target = layer()
+    results = []
+    for backend in ("chunked", "reference"):
+        bias = torch.full((100,), 0.1).index_fill(0, torch.arange(50), 0.3).requires_grad_()
+        loss = linear_cross_entropy(hidden, 0 * weight, target, bias, activation=function, backend=backend)
+        results.append((loss.detach(), torch.autograd.grad(loss, bias)[0]))
+    torch.testing.assert_close(results[0], results[1])
+    assert calls == ["rows"]
+
+
+@pytest.mark.parametrize("function", [lambda z: 100.1 * z, lambda z: z**3, lambda z: z / 0.003])
+def test_losses_of_rows_that_are_certain_keep_their_digits(function, calls):
+    hidden, weight, _ = layer(scale=3.0)
+    target = (hidden @ weight.T).argmax(-1)
+    loss, *gradients = losses_and_gradients(hidden, weight, target, function)
+    expected, *exact_ones = losses_and_gradients(hidden, weight, target, function, backend="reference")
+    assert loss.min() >= 0
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-7)
+    for ours, theirs in zip(gradients, exact_ones, strict=True):
+        assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6
+    assert calls == ["rows"]
+
+
+def test_a_compiled_function_stays_compiled(calls):
+    runs = []
+
+    def backend(graph, example_inputs):
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    function = torch.compile(lambda z: 30 * torch.tanh(z / 30), fullgraph=True, backend=backend)
+    logits = torch.randn(3, 4)
+    function(logits)
+    losses_and_gradients(*layer(), function)
+    before = len(runs)
+    function(logits)
+    assert len(runs) == before + 1
+    assert calls == ["rows"]
+
+
+def test_a_registered_derivative_needs_no_autograd(calls, monkeypatch):
+    def function(z):
+        return torch.from_numpy(5 * np.tanh(z.numpy() / 5))
+
+    monkeypatch.setitem(activations._REGISTRY, "of numpy", function)
+    slope = lambda z: torch.from_numpy(1 - np.tanh(z.numpy() / 5) ** 2)  # noqa: E731
+    monkeypatch.setitem(activations._DERIVATIVES, "of numpy", slope)
+    found = losses_and_gradients(*layer(), "of numpy")
+    expected = losses_and_gradients(*layer(), lambda z: 5 * torch.tanh(z / 5), backend="reference")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
+def test_without_gradients_autograd_is_off(calls):
+    scale = nn.Parameter(torch.tensor(-1.0))
+
+    def function(z):
+        scale.clamp_(min=0.5)
+        return scale * z
+
+    hidden, weight, target = layer()
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, target, activation=function)
+    torch.testing.assert_close(loss, F.cross_entropy(0.5 * hidden @ weight.T, target))
+
+
+def test_anomaly_detection_finds_nothing(calls):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Error detected")
+        with torch.autograd.set_detect_anomaly(True):
+            losses_and_gradients(*layer(), FUNCTIONS["sigsoftmax"])
+    assert calls == ["rows"]
+
+
+def test_hooks_for_saved_tensors_are_no_hindrance(calls):
+    def function(z):
+        cube = torch.func.grad(lambda x: (x**4 / 4).sum())(z)
+        return z + 0.01 * cube.detach()
+
+    check(function, layer())
+    calls.clear()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        losses_and_gradients(*layer(), FUNCTIONS["sigsoftmax"])
+    assert calls == ["rows"]
+
+
+def test_a_masked_type_is_no_loss_of_ignored_tokens(calls, monkeypatch):
+    monkeypatch.setattr(chunks, "general", None)
+    hidden, weight, target = layer()
+    target[3] = -100
+    target[target == 0] = 1
+    bias = torch.zeros(100).index_fill(0, torch.tensor([0]), -torch.inf)
+    loss = linear_cross_entropy(hidden, weight, target, bias, activation=FUNCTIONS["sigsoftmax"])
+    plain = F.cross_entropy(FUNCTIONS["sigsoftmax"](hidden @ weight.T + bias), target)
+    torch.testing.assert_close(loss, plain)
+
+
+def test_traced_by_torchscript(calls):
+    hidden, weight, target = layer()
+    activation = FUNCTIONS["soft cap"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = lambda h: linear_cross_entropy(h, weight, target, activation=activation)  # noqa: E731
+        traced = torch.jit.trace(loss, (hidden,), check_trace=False)
+        torch.testing.assert_close(traced(hidden), loss(hidden))
 
 
 def test_in_a_compiled_model(calls):

@@ -106,8 +106,14 @@ class BuiltIn {
     explicit BuiltIn(const struct Program*) {}
 
     At at(float peak) const { return At(peak); }
-    double log_g(double z) const { return Activation::log_g(z); }
-    double slope(double z) const { return Activation::slope(z); }
+    double ratio(float peak, float higher) const {  // of g
+        return std::exp(Activation::log_g(peak) - Activation::log_g(higher));
+    }
+    double slope(float z) const { return Activation::slope(z); }
+    // Of a row: total is its sum of g(z) / g(peak), z the target's logit.
+    float loss(double total, float peak, float z) const {
+        return static_cast<float>(std::log(total) + (Activation::log_g(peak) - Activation::log_g(z)));
+    }
 
     // The sum of g(z) / g(peak) of some logits of a row; where asked for, they become g'(z) / g(peak).
     template <bool kDifferentiate>
@@ -134,12 +140,6 @@ class BuiltIn {
         }
     }
 };
-
-// The loss of a row: total is its sum of g(z) / g(peak), z the target's logit.
-template <class Evaluator>
-float loss_of(Evaluator& evaluator, double total, double peak, double z) {
-    return static_cast<float>(std::log(total) + (evaluator.log_g(peak) - evaluator.log_g(z)));
-}
 
 }  // namespace
 

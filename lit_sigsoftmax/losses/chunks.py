@@ -16,6 +16,7 @@ goes over the vocabulary, and makes logits twice, and :mod:`lit_sigsoftmax.losse
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -87,8 +88,7 @@ def losses_and_gradients(
     if _on_cpu(target):  # a GPU would have to wait
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
-    # What autograd saves on the way lives no longer than this call: checkpointing has nothing to recompute.
-    with torch.autocast(hidden.device.type, enabled=False), saved_tensors_hooks(_itself, _itself):
+    with torch.autocast(hidden.device.type, enabled=False), _unsaved():
         found, evaluator = None, _evaluator(layer, tensors, any(wanted))
         if _sweeps_serve(layer, weight, evaluator):
             found = _by_sweeps(layer, evaluator, target, tensors, wanted, row_weight)
@@ -370,8 +370,10 @@ def _combine(log_prior: Tensor | None, factor: Tensor, start: int, expert_nll: T
     return nll, torch.where(factor == 0, 0.0, share * factor)  # an ignored token's own loss may be infinite
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+def _unsaved() -> AbstractContextManager[Any]:
+    """Keep what autograd saves on the way, which lives no longer than the call, from checkpointing and its like."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None)  # not public
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor) if top(True) else nullcontext()
 
 
 def _on_cpu(tensor: Tensor) -> bool:

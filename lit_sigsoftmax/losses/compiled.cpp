@@ -32,7 +32,7 @@ double total(Evaluator& evaluator, float* row, int64_t columns, float peak) {
 template <bool kDifferentiate, class Evaluator>
 float score_row(Evaluator& evaluator, float* row, int64_t columns, int64_t target) {
     const float peak = largest(row, columns);
-    const double z = row[target];
+    const float z = row[target];
     const double sum = total<kDifferentiate>(evaluator, row, columns, peak);
     if (kDifferentiate) {
         const float scale = static_cast<float>(1 / sum);
@@ -40,7 +40,7 @@ float score_row(Evaluator& evaluator, float* row, int64_t columns, int64_t targe
         for (int64_t j = 0; j < columns; ++j) row[j] *= scale;
         row[target] -= static_cast<float>(evaluator.slope(z));
     }
-    return loss_of(evaluator, sum, peak, z);
+    return evaluator.loss(sum, peak, z);
 }
 
 template <class Evaluator>
@@ -82,7 +82,7 @@ void add_band(const Program* program, const uint16_t* logits, const int64_t* tar
     for_each_row<Evaluator>(program, logits, rows, columns, threads, [=](Evaluator& evaluator, int64_t i, float* row) {
         const float higher = std::max(peak[i], largest(row, columns));
         if (higher > peak[i]) {
-            if (sum[i] > 0) sum[i] *= std::exp(evaluator.log_g(peak[i]) - evaluator.log_g(higher));
+            if (sum[i] > 0) sum[i] *= evaluator.ratio(peak[i], higher);
             peak[i] = higher;
         }
         const int64_t place = target[i] - first;
@@ -91,7 +91,15 @@ void add_band(const Program* program, const uint16_t* logits, const int64_t* tar
     });
 }
 
-// ... then, with what these have come to, the derivative of each row's loss, times the row's weight.
+// ... then the losses, ...
+template <class Evaluator>
+void bands_losses(const Program* program, const float* peak, const double* sum, const float* of_target, float* nll,
+                  int64_t rows) {
+    Evaluator evaluator(program);
+    for (int64_t i = 0; i < rows; ++i) nll[i] = evaluator.loss(sum[i], peak[i], of_target[i]);
+}
+
+// ... and, with what these have come to, the derivative of each row's loss, times the row's weight.
 template <class Evaluator>
 void differentiate_band(const Program* program, uint16_t* logits, const int64_t* target, const float* peak,
                         const double* sum, const float* row_weight, int64_t rows, int64_t columns, int64_t first,
@@ -119,6 +127,10 @@ void differentiate_band(const Program* program, uint16_t* logits, const int64_t*
                                             int64_t columns, int64_t first, int threads) {                            \
         add_band<__VA_ARGS__>(program, logits, target, peak, sum, of_target, rows, columns, first, threads);          \
     }                                                                                                                 \
+    extern "C" void before##bands_losses##after(const Program* program, const float* peak, const double* sum,         \
+                                                const float* of_target, float* nll, int64_t rows, int) {              \
+        bands_losses<__VA_ARGS__>(program, peak, sum, of_target, nll, rows);                                          \
+    }                                                                                                                 \
     extern "C" void before##differentiate_band##after(                                                                \
         const Program* program, uint16_t* logits, const int64_t* target, const float* peak, const double* sum,        \
         const float* row_weight, int64_t rows, int64_t columns, int64_t first, int threads) {                         \
@@ -129,3 +141,14 @@ void differentiate_band(const Program* program, uint16_t* logits, const int64_t*
 FOR_EACH_ACTIVATION(SERVE)
 
 extern "C" const char* operations() { return operation_names(); }
+
+// What a program makes of some logits.
+extern "C" void run(const Program* program, const float* logits, float* score, float* slope, int64_t count) {
+    Machine machine(*program);
+    for (int64_t start = 0; start < count; start += Machine::kSize) {
+        const int64_t n = std::min(Machine::kSize, count - start);
+        machine.run(logits + start, n, true);
+        std::copy_n(machine.score(), n, score + start);
+        std::copy_n(machine.slope(), n, slope + start);
+    }
+}

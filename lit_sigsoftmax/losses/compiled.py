@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from lit_sigsoftmax.activations import Activation, name_of
-from lit_sigsoftmax.losses.programs import Program, record
+from lit_sigsoftmax.losses.programs import Program, Recording, record
 from lit_sigsoftmax.losses.reduction import check_targets
 from lit_sigsoftmax.storage import atomic_write, cache_dir, exclusive
 
@@ -51,7 +51,6 @@ _SOURCES = [
     Path(__file__).with_name(name)
     for name in ("compiled.cpp", "tiles.cpp", "activations.h", "bfloat16.h", "interpreter.h")
 ]
-_FAR = 60.0  # log of the sum of g, relative to that of the largest logit: short of where interpreter.h gives up
 # Not -ffast-math: it drops infinities, and its startup code would flush denormals in the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
@@ -91,25 +90,14 @@ class Evaluator:
     def trusts(self, nll: Tensor) -> bool:
         """Whether the losses that it made are right.
 
-        Those of a program are infinite or NaN where ``g`` is ``e^64`` times that of the largest logit and more. The
-        activations that are compiled do not decrease.
+        Those of a program are NaN where ``g`` comes near ``e^64`` times that of the largest logit. The activations that
+        are compiled do not decrease.
         """
-        return self.program is None or bool(nll.isfinite().all())
+        return self.program is None or not bool(nll.isnan().any())
 
     @cached_property
     def _structure(self) -> _Program | None:
-        if (program := self.program) is None:
-            return None
-        return _Program(
-            _pointer(program.steps),
-            _pointer(program.constants),
-            program.steps_to_score,
-            len(program.steps),
-            len(program.constants),
-            program.registers,
-            program.score,
-            program.slope,
-        )
+        return None if self.program is None else _structure_of(self.program)
 
 
 class _Program(ctypes.Structure):
@@ -125,6 +113,19 @@ class _Program(ctypes.Structure):
     ]
 
 
+def _structure_of(program: Program) -> _Program:
+    return _Program(
+        _pointer(program.steps),
+        _pointer(program.constants),
+        program.steps_to_score,
+        len(program.steps),
+        len(program.constants),
+        program.registers,
+        program.score,
+        program.slope,
+    )
+
+
 def evaluator(log_g: Activation, types: int, gradient: bool) -> Evaluator | None:
     """Return what takes an activation; None where there is no compiler, or it is no program.
 
@@ -137,8 +138,21 @@ def evaluator(log_g: Activation, types: int, gradient: bool) -> Evaluator | None
         return None
     if serves(name_of(log_g)):
         return Evaluator(log_g)
-    program = record(log_g, types, gradient, _operations())
-    return None if program is None else Evaluator(log_g, program)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return None
+    recording = record(log_g, types, gradient, _operations())
+    return Evaluator(log_g, recording.program) if recording and _reproduces(recording) else None
+
+
+def _reproduces(recording: Recording) -> bool:
+    """Whether the interpreter makes of the row what the function made: it may do more than PyTorch dispatches."""
+    expected = torch.stack([recording.score, recording.slope])
+    found = torch.empty_like(expected)
+    structure, library = _structure_of(recording.program), _library()
+    assert library is not None
+    count = ctypes.c_int64(recording.logits.numel())
+    library.run(ctypes.byref(structure), *map(_pointer, (recording.logits, *found)), count)
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def score_and_differentiate(logits: Tensor, target: Tensor, activation: Evaluator, differentiate: bool) -> Tensor:
@@ -208,9 +222,9 @@ class Bands:
 
         None where they are not to be trusted (:meth:`Evaluator.trusts`).
         """
-        log_g, log_total = self.activation.log_g, self.sum.log()
-        losses = (log_total + log_g(self.peak.double()) - log_g(self.of_target.double())).float()
-        return losses if self.activation.trusts(losses.where(log_total < _FAR, torch.inf)) else None
+        nll, rows = torch.empty_like(self.peak), ctypes.c_int64(len(self.peak))
+        self.activation.call("bands_losses", *map(_pointer, (self.peak, self.sum, self.of_target, nll)), rows)
+        return nll if self.activation.trusts(nll) else None
 
     def differentiate(self, logits: Tensor, first: int, row_weight: Tensor) -> None:
         """Overwrite a band with the derivatives of the losses' sum weighted by ``row_weight``: (n,), float32."""

@@ -16,7 +16,7 @@
 
 namespace {
 
-// In float32, functions that the compiler vectorises, within some units in the last place; in float64 the library's.
+// Functions that the compiler vectorises, within some units in the last place.
 
 inline float power_of_two(int32_t n) {  // -126 <= n <= 127
     const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
@@ -33,7 +33,6 @@ inline float exponential(float x) {
     const int32_t whole = static_cast<int32_t>(n), half = whole >> 1;
     return x != x ? x : exp_polynomial(r) * power_of_two(half) * power_of_two(whole - half);
 }
-inline double exponential(double x) { return std::exp(x); }
 
 inline float logarithm(float x) {  // Cephes' polynomial
     const bool small = x < 1.17549435e-38f;
@@ -62,7 +61,6 @@ inline float logarithm(float x) {  // Cephes' polynomial
     const float of_positive = x == infinity ? infinity : of_finite;
     return x > 0.0f ? of_positive : x == 0.0f ? -infinity : std::numeric_limits<float>::quiet_NaN();
 }
-inline double logarithm(double x) { return std::log(x); }
 
 inline float logarithm_of_one_plus(float x) {
     const float sum = 1.0f + x;
@@ -70,7 +68,6 @@ inline float logarithm_of_one_plus(float x) {
     const float whole = logarithm(sum);
     return sum > 0.0f && sum < 1e30f ? whole + lost / sum : whole;
 }
-inline double logarithm_of_one_plus(double x) { return std::log1p(x); }
 
 inline float hyperbolic_tangent(float x) {  // Cephes' polynomial near zero
     const float size = std::fabs(x), s = x * x;
@@ -83,32 +80,26 @@ inline float hyperbolic_tangent(float x) {  // Cephes' polynomial near zero
     const float far = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
     return size < 0.625f ? near_zero : x < 0 ? -far : far;
 }
-inline double hyperbolic_tangent(double x) { return std::tanh(x); }
 
 inline float exponential_minus_one(float x) {
     const float t = hyperbolic_tangent(0.5f * x);
     return std::fabs(x) < 1.0f ? 2.0f * t / (1.0f - t) : exponential(x) - 1.0f;
 }
-inline double exponential_minus_one(double x) { return std::expm1(x); }
 
 // NaN where either is, as PyTorch has it. Here and below, & and | for && and ||: a branch would keep the compiler from
 // vectorising.
-template <class T>
-T smaller(T a, T b) {
+inline float smaller(float a, float b) {
     return !(a >= b) & (b == b) ? a : b;
 }
-template <class T>
-T larger(T a, T b) {
+inline float larger(float a, float b) {
     return !(a <= b) & (b == b) ? a : b;
 }
-template <class T>
-T logistic(T x) {
-    const T e = exponential(-std::fabs(x)), r = 1 / (1 + e);
+inline float logistic(float x) {
+    const float e = exponential(-std::fabs(x)), r = 1 / (1 + e);
     return x < 0 ? e * r : r;
 }
-template <class T>
-T log_logistic(T x) {
-    return smaller(x, T(0)) - logarithm_of_one_plus(exponential(-std::fabs(x)));
+inline float log_logistic(float x) {
+    return smaller(x, 0.0f) - logarithm_of_one_plus(exponential(-std::fabs(x)));
 }
 
 // The operations, by the names and with the arguments a, b, c, d of PyTorch's; a truth value is 1 or 0.
@@ -121,7 +112,7 @@ T log_logistic(T x) {
     DO(neg, -a)                                                                  \
     DO(reciprocal, 1 / a)                                                        \
     DO(abs, std::fabs(a))                                                        \
-    DO(sgn, T(a > 0) - T(a < 0))                                                 \
+    DO(sgn, float(a > 0) - float(a < 0))                                         \
     DO(square, a * a)                                                            \
     DO(cube, a * a * a)                                                          \
     DO(sqrt, std::sqrt(a))                                                       \
@@ -140,26 +131,26 @@ T log_logistic(T x) {
     DO(silu_backward, a * logistic(b) * (1 + b * logistic(-b)))                  \
     DO(softplus, a * b > c ? a : logarithm_of_one_plus(exponential(a * b)) / b)  \
     DO(softplus_backward, b * c > d ? a : a * logistic(b * c))                   \
-    DO(relu, larger(a, T(0)))                                                    \
-    DO(threshold_backward, b <= c ? T(0) : a)                                    \
+    DO(relu, larger(a, 0.0f))                                                    \
+    DO(threshold_backward, b <= c ? 0.0f : a)                                    \
     DO(leaky_relu, a > 0 ? a : a * b)                                            \
     DO(leaky_relu_backward, b > 0 ? a : a * c)                                   \
     DO(hardtanh, smaller(larger(a, b), c))                                       \
-    DO(hardtanh_backward, (b <= c) | (b >= d) ? T(0) : a)                        \
+    DO(hardtanh_backward, (b <= c) | (b >= d) ? 0.0f : a)                        \
     DO(clamp, smaller(larger(a, b), c))                                          \
     DO(clamp_min, larger(a, b))                                                  \
     DO(clamp_max, smaller(a, b))                                                 \
     DO(minimum, smaller(a, b))                                                   \
     DO(maximum, larger(a, b))                                                    \
-    DO(eq, T(a == b))                                                            \
-    DO(ne, T(a != b))                                                            \
-    DO(lt, T(a < b))                                                             \
-    DO(le, T(a <= b))                                                            \
-    DO(gt, T(a > b))                                                             \
-    DO(ge, T(a >= b))                                                            \
-    DO(logical_and, T((a != 0) & (b != 0)))                                      \
-    DO(logical_or, T((a != 0) | (b != 0)))                                       \
-    DO(logical_not, T(a == 0))                                                   \
+    DO(eq, float(a == b))                                                        \
+    DO(ne, float(a != b))                                                        \
+    DO(lt, float(a < b))                                                         \
+    DO(le, float(a <= b))                                                        \
+    DO(gt, float(a > b))                                                         \
+    DO(ge, float(a >= b))                                                        \
+    DO(logical_and, float((a != 0) & (b != 0)))                                  \
+    DO(logical_or, float((a != 0) | (b != 0)))                                   \
+    DO(logical_not, float(a == 0))                                               \
     DO(where, a != 0 ? b : c)                                                    \
     DO(masked_fill, b != 0 ? c : a)
 
@@ -174,77 +165,83 @@ struct Step {
 // From logits, in register 0, and constants, in the next ones, to log g and its derivative.
 struct Program {
     const Step* steps;
-    const double* constants;
+    const float* constants;
     int32_t steps_to_score, steps_to_slope, constant_count, register_count, score, slope;
 };
 
-template <class T, int64_t kSize>
 class Machine {
    public:
+    static constexpr int64_t kSize = 256;  // logits at a time
+
     explicit Machine(const Program& program) : program(program), registers(program.register_count * kSize) {
         for (int32_t k = 0; k < program.constant_count; ++k)
-            std::fill_n(&registers[(k + 1) * kSize], kSize, static_cast<T>(program.constants[k]));
+            std::fill_n(&registers[(k + 1) * kSize], kSize, program.constants[k]);
     }
 
     // Up to kSize logits; they must stay where they are while the results are read.
-    void run(const T* z, int64_t count, bool to_slope) {
+    void run(const float* z, int64_t count, bool to_slope) {
         logits = z;
         const Step* const end = program.steps + (to_slope ? program.steps_to_slope : program.steps_to_score);
         for (const Step* step = program.steps; step != end; ++step) {
-            T* const out = &registers[step->out * kSize];
-            const T *const a_ = at(step->a), *const b_ = at(step->b), *const c_ = at(step->c), *const d_ = at(step->d);
+            float* const out = &registers[step->out * kSize];
+            const float *const a_ = at(step->a), *const b_ = at(step->b), *const c_ = at(step->c),
+                        *const d_ = at(step->d);
             switch (step->operation) {
-#define DO(name, value)                                                      \
-    case kOperation_##name:                                                  \
-        _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) {            \
-            [[maybe_unused]] const T a = a_[i], b = b_[i], c = c_[i], d = d_[i]; \
-            out[i] = value;                                                  \
-        }                                                                    \
+#define DO(name, value)                                                          \
+    case kOperation_##name:                                                      \
+        _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) {                \
+            [[maybe_unused]] const float a = a_[i], b = b_[i], c = c_[i], d = d_[i]; \
+            out[i] = value;                                                      \
+        }                                                                        \
         break;
                 FOR_EACH_OPERATION(DO)
 #undef DO
             }
         }
     }
-    const T* score() const { return at(program.score); }
-    const T* slope() const { return at(program.slope); }
+    const float* score() const { return at(program.score); }
+    const float* slope() const { return at(program.slope); }
 
    private:
-    const T* at(int32_t place) const { return place ? &registers[place * kSize] : logits; }
+    const float* at(int32_t place) const { return place ? &registers[place * kSize] : logits; }
 
     const Program& program;
-    std::vector<T> registers;
-    const T* logits = nullptr;
+    std::vector<float> registers;
+    const float* logits = nullptr;
 };
 
-// What is relative to log g of the row's largest logit need not be small where g decreases: beyond e^64 it is infinite,
-// and so is the loss, for the caller to see.
+// What is relative to log g of the row's largest logit need not be small where g decreases. Beyond e^64 it is NaN, and so
+// is the loss, for the caller to see. The target's score is float32 like the others, so that its rounding cancels.
 class Interpreted {
    public:
     struct At {
         float shift;
     };
-    explicit Interpreted(const Program* program) : block(*program), one(*program) {}
+    explicit Interpreted(const Program* program) : machine(*program) {}
 
     At at(float peak) {  // finite, or -inf - -inf would make NaN of a masked logit beside others
-        return {std::max(static_cast<float>(log_g(peak)), std::numeric_limits<float>::lowest())};
+        return {std::max(score(peak), std::numeric_limits<float>::lowest())};
     }
-    double log_g(double z) {
-        one.run(&z, 1, false);
-        return *one.score();
+    double ratio(float peak, float higher) {  // of g
+        return std::exp(static_cast<double>(at(peak).shift) - at(higher).shift);
     }
-    double slope(double z) {
-        one.run(&z, 1, true);
-        return *one.slope();
+    double slope(float z) {
+        machine.run(&z, 1, true);
+        return *machine.slope();
+    }
+    float loss(double total, float peak, float z) {
+        const double log_total = std::log(total);
+        if (!(log_total < kNegligible - 4)) return std::numeric_limits<float>::quiet_NaN();
+        return static_cast<float>(log_total + (static_cast<double>(at(peak).shift) - score(z)));
     }
 
     template <bool kDifferentiate>
     float of_row(const At& at, float* z, int64_t count) {
         float sum = 0;
-        for (int64_t start = 0; start < count; start += kBlock) {
-            const int64_t n = std::min(kBlock, count - start);
-            block.run(z + start, n, kDifferentiate);
-            const float *const score = block.score(), *const slope = block.slope();
+        for (int64_t start = 0; start < count; start += Machine::kSize) {
+            const int64_t n = std::min(Machine::kSize, count - start);
+            machine.run(z + start, n, kDifferentiate);
+            const float *const score = machine.score(), *const slope = machine.slope();
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < n; ++i) {
                 const float g = relative(score[i] - at.shift);
@@ -257,13 +254,13 @@ class Interpreted {
 
     // The same for types of the vocabulary whose logits for all rows lie side by side.
     void of_lanes(const At* at, float* z, int64_t types, int64_t width, float* sum) {
-        const int64_t lanes = std::min(width, kBlock), step = kBlock / lanes;  // of several types if of all rows
+        const int64_t lanes = std::min(width, Machine::kSize), step = Machine::kSize / lanes;  // of several types if of all rows
         for (int64_t first = 0; first < types; first += step)
             for (int64_t lane = 0; lane < width; lane += lanes) {
                 const int64_t n = std::min(step, types - first), count = std::min(lanes, width - lane);
-                block.run(z + first * width + lane, n * count, true);
+                machine.run(z + first * width + lane, n * count, true);
                 for (int64_t v = 0; v < n; ++v) {
-                    const float *const score = block.score() + v * count, *const slope = block.slope() + v * count;
+                    const float *const score = machine.score() + v * count, *const slope = machine.slope() + v * count;
                     float* const of_type = z + (first + v) * width + lane;
 #pragma omp simd
                     for (int64_t i = 0; i < count; ++i) {
@@ -276,14 +273,15 @@ class Interpreted {
     }
 
    private:
-    static constexpr int64_t kBlock = 256;
-
+    float score(float z) {
+        machine.run(&z, 1, false);
+        return *machine.score();
+    }
     static float relative(float x) {
-        return x > kNegligible ? std::numeric_limits<float>::infinity() : exp_or_zero(x);
+        return x > kNegligible ? std::numeric_limits<float>::quiet_NaN() : exp_or_zero(x);
     }
 
-    Machine<float, kBlock> block;
-    Machine<double, 1> one;
+    Machine machine;
 };
 
 }  // namespace

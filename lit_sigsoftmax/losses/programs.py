@@ -3,7 +3,7 @@
 The function is run once on a row of logits, and the operations that PyTorch dispatches for it and for autograd's way
 back are written down: the derivative is autograd's own, custom functions and ``detach()`` included. ``interpreter.h``
 does them on logits that are in the cache. They are recorded anew for every loss, so that numbers which the function
-uses may change from step to step.
+uses may change from step to step, and compared with what came of that row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Program:
 
     Attributes:
         steps: int32, shape (m, 6): the number of an operation, the register of its result, and four of its arguments.
-        constants: float64, shape (c,).
+        constants: float32, shape (c,).
         steps_to_score: So many steps lead to log g; all of them to its derivative as well.
         registers: How many there are.
         score: The register of log g.
@@ -44,7 +44,23 @@ class Program:
     slope: int
 
 
-def record(log_g: Activation, types: int, gradient: bool, operations: Sequence[str]) -> Program | None:
+class Recording(NamedTuple):
+    """A program, and what the function itself made of a row.
+
+    Attributes:
+        program: What was recorded.
+        logits: The row, shape (1, V), float32, as are the others.
+        score: Its log g.
+        slope: The derivative, or log g where none was wanted.
+    """
+
+    program: Program
+    logits: Tensor
+    score: Tensor
+    slope: Tensor
+
+
+def record(log_g: Activation, types: int, gradient: bool, operations: Sequence[str]) -> Recording | None:
     """Return the program of an activation; None where it does anything else, or has no derivative.
 
     Args:
@@ -53,21 +69,30 @@ def record(log_g: Activation, types: int, gradient: bool, operations: Sequence[s
         gradient: Whether the derivative is wanted.
         operations: The names of those that the interpreter knows, in the order of their numbers.
     """
-    logits = torch.zeros(1, types, dtype=torch.float32, device="cpu", requires_grad=gradient)
-    recorder, derivative = _Recorder(operations, logits), derivative_of(log_g)
+    derivative = derivative_of(log_g)
+    by_autograd = gradient and derivative is None
+    logits = torch.linspace(-_FARTHEST, _FARTHEST, types, dtype=torch.float32, device="cpu").unsqueeze(0)
+    recorder = _Recorder(operations, logits.requires_grad_(by_autograd))
     try:
-        with recorder, torch.enable_grad():
-            scores = slope = scores_of(log_g, logits)
-            steps_to_score = len(recorder.steps)
-            if gradient and derivative is not None:
-                slope = derivative(logits)
-            elif gradient and scores.requires_grad:
-                (slope,) = torch.autograd.grad(scores, logits, recorder.ones)
-            elif gradient:
-                return None
-        return _compact(recorder.steps, steps_to_score, recorder.operand(scores), recorder.operand(slope))
-    except _NoProgramError:
+        # torch.compile would give up a function for good that it sees under a dispatch mode.
+        with torch.compiler.set_stance("force_eager"), torch.autograd.set_detect_anomaly(False), recorder:
+            with torch.set_grad_enabled(by_autograd):
+                score = slope = scores_of(log_g, logits)
+                steps_to_score = len(recorder.steps)
+                if gradient and derivative is not None:
+                    slope = derivative(logits)
+            if by_autograd:
+                (slope,) = torch.autograd.grad(score, logits, recorder.ones)
+        results = recorder.operand(score), recorder.operand(slope)
+    except Exception:  # the function's own, about these logits, is raised by the next way if it is about others too
         return None
+    if recorder.failed or {score.dtype, slope.dtype} != {torch.float32}:
+        return None
+    program = _compact(recorder.steps, steps_to_score, *results)
+    return Recording(program, logits.detach(), score.detach(), slope.detach())
+
+
+_FARTHEST = 12.0  # logit of the row: ordinary ones of either sign
 
 
 class _NoProgramError(Exception):
@@ -76,6 +101,7 @@ class _NoProgramError(Exception):
 
 class _Constant(NamedTuple):
     number: float
+    sign: float  # of a zero, which is all the same to ==
 
 
 _Operand = int | _Constant  # an int is the number of a value: 0 of the logits, n of what the n-th step makes
@@ -90,30 +116,40 @@ class _Recorder(TorchDispatchMode):
         self.operations = {name: number for number, name in enumerate(operations)}
         self.logits, self.ones = logits, torch.ones_like(logits)
         self.steps: list[_Step] = []
+        self.failed = False
         self._known: dict[int, tuple[Tensor, _Operand]] = {}  # by identity, so the tensors must not go
         self._know(self.logits, 0)
-        self._know(self.ones, _Constant(1.0))
+        self._know(self.ones, self.operand(1.0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name, schema = func._schema.name.removeprefix("aten::"), func._schema.arguments
+        if not self.failed:
+            try:
+                self._write(func._schema, args, kwargs or {}, result)
+            except _NoProgramError:  # which is none of the function's business
+                self.failed = True
+        return result
+
+    def _write(self, schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        name = schema.name.removeprefix("aten::")
         out = result[0] if name == "log_sigmoid_forward" else result
         if not isinstance(out, Tensor) or out.dtype not in (torch.float32, torch.bool):
             raise _NoProgramError
-        if func._schema.is_mutable:  # in place, which no other tensor may notice
+        if schema.is_mutable:  # in place, which no other tensor may notice
             known = (tensor for tensor, _ in self._known.values())
-            if out is not args[0] or any(t is not out and _share_memory(t, out) for t in known):
+            if any(argument.is_out for argument in schema.arguments) or any(
+                t is not out and _share_memory(t, out) for t in known
+            ):
                 raise _NoProgramError
             name = name.removesuffix("_")
-        given = {argument.name: argument.default_value for argument in schema}
-        given |= dict(zip(given, args, strict=False)) | (kwargs or {})
-        if name in _CONSTANTS:
+        given = {argument.name: argument.default_value for argument in schema.arguments}
+        given |= dict(zip(given, args, strict=False)) | kwargs
+        if name in _CONSTANTS and out.dtype == torch.float32:
             self._know(out, self.operand(_CONSTANTS[name](given)))
         elif out.shape == self.logits.shape and out is not self.logits:
             self._know(out, self._value(name, given, out.dtype == torch.bool))
         else:
             raise _NoProgramError
-        return result
 
     def operand(self, given: Any) -> _Operand:
         """What an operation's argument is: the value that a tensor is known to have, or a number."""
@@ -125,7 +161,7 @@ class _Recorder(TorchDispatchMode):
             given = given.item()
         if not isinstance(given, (bool, int, float)):
             raise _NoProgramError
-        return _Constant(float(given))
+        return _Constant(float(given), math.copysign(1, given))
 
     def _know(self, tensor: Tensor, value: _Operand) -> None:
         self._known[id(tensor)] = (tensor, value)
@@ -157,7 +193,7 @@ _CONSTANTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 _POWERS = {1: "same", 2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 _ENDS = {"min": -math.inf, "max": math.inf}
-_TRUTHS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "where", "masked_fill"} | {
+_TRUTHS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "where"} | {
     "bitwise_and",
     "bitwise_or",
     "bitwise_not",
@@ -204,7 +240,7 @@ def _compact(steps: Sequence[_Step], steps_to_score: int, *results: _Operand) ->
     score, slope = (registers[result] for result in results)
     return Program(
         torch.tensor(code, dtype=torch.int32, device="cpu").view(-1, 6),
-        torch.tensor([c.number for c in constants], dtype=torch.float64, device="cpu"),
+        torch.tensor([c.number for c in constants], dtype=torch.float32, device="cpu"),
         kept_to_score,
         count,
         score,

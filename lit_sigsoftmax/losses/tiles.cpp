@@ -232,10 +232,9 @@ void score(const Program* program, const Layer& layer, const float* rows, const 
         for (int64_t i = 0; i < count; ++i) {
             double total = 0;
             for (int t = 0; t < omp_get_num_threads(); ++t) total += buffers.totals[t * width + i];
-            const double z = of_target[i];
-            nll[i] = loss_of(evaluator, total, peak[i], z);
+            nll[i] = evaluator.loss(total, peak[i], of_target[i]);
             buffers.scale[i] = static_cast<float>(row_weight[i] / total);
-            logits[target[i] * width + i] -= static_cast<float>(evaluator.slope(z) * total);
+            logits[target[i] * width + i] -= static_cast<float>(evaluator.slope(of_target[i]) * total);
         }
     }
 }
