@@ -51,6 +51,9 @@ def workplace(empty_store: Path, tmp_path_factory: pytest.TempPathFactory):
     from contextlib import contextmanager
 
     from cli_helpers import Store
+    from fork_helpers import start_server
+
+    start_server()  # in the background: what needs a store often forks from it
 
     @contextmanager
     def make():

@@ -7,12 +7,19 @@ import os
 import socket
 import sys
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["lit_sigsoftmax.training", "lit_sigsoftmax.recipes.synthetic", "mlflow", "mlflow.store.tracking.sqlalchemy_store"]
-)
+
+
+def start_server():
+    """Begin to start the server, once: before a comparison in this process starts one that has imported less."""
+    here = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    CONTEXT.set_forkserver_preload(["fork_preload"])
+    with mock.patch.dict(os.environ, PYTHONPATH=here):
+        forkserver.ensure_running()
 
 
 class Run:
@@ -29,6 +36,7 @@ class Run:
     count = 0
 
     def __init__(self, words, folder, processes=1, at=None, rank=0):
+        start_server()
         Run.count += 1
         ddp = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"] if processes > 1 else []
         words, port = [*words, *ddp], free_port()

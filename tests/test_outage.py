@@ -1,7 +1,6 @@
 """A tracking server that dies, freezes or is not there: training goes on, and every point is stored exactly once."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cli_helpers import SMALL
+from fork_helpers import CONTEXT
 from lightning.pytorch import Callback
 from server_helpers import Server
 
@@ -252,10 +252,8 @@ def log_until_killed(uri, started):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_leaves_what_it_has_logged(store):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lit_sigsoftmax.tracking", "mlflow"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=log_until_killed, args=(store.uri, sender))
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=log_until_killed, args=(store.uri, sender))
     process.start()
     logged = (None, 0)
     while logged[1] < 3000:
@@ -283,10 +281,8 @@ def write_run(uri, name, barrier):
 
 @pytest.mark.slow
 def test_four_processes_write_one_sqlite_store_at_once(store, capfd):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lit_sigsoftmax.tracking", "mlflow", "mlflow.store.tracking.sqlalchemy_store"])
-    barrier = context.Barrier(4)
-    processes = [context.Process(target=write_run, args=(store.uri, f"run {i}", barrier)) for i in range(4)]
+    barrier = CONTEXT.Barrier(4)
+    processes = [CONTEXT.Process(target=write_run, args=(store.uri, f"run {i}", barrier)) for i in range(4)]
     for process in processes:
         process.start()
     for process in processes:

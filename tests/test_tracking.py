@@ -1,7 +1,6 @@
 """The tracking store and what is written to it."""
 
 import argparse
-import multiprocessing
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cli_helpers import Store
+from fork_helpers import CONTEXT, start_server
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_sigsoftmax import journal as journal_module
@@ -89,11 +89,10 @@ def first_client(uri, barrier, outcomes):
 @pytest.mark.slow
 def test_four_processes_may_open_a_new_store_at_once(tmp_path):
     """MLflow alone breaks it for good. All four also make the same experiment and a run in it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lit_sigsoftmax.tracking", "mlflow", "mlflow.store.tracking.sqlalchemy_store"])
+    start_server()
     store = Store(tmp_path)
-    barrier, outcomes = context.Barrier(4), context.SimpleQueue()
-    processes = [context.Process(target=first_client, args=(store.uri, barrier, outcomes)) for _ in range(4)]
+    barrier, outcomes = CONTEXT.Barrier(4), CONTEXT.SimpleQueue()
+    processes = [CONTEXT.Process(target=first_client, args=(store.uri, barrier, outcomes)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
