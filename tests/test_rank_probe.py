@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from cli_helpers import CPU_PAIR, NO_SYSTEM_METRICS, PYTHON_M, SMALL, Store, run_process
+from cli_helpers import NO_SYSTEM_METRICS, SMALL, Store
+from fork_helpers import Run
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_sigsoftmax import LanguageModel
@@ -158,13 +159,14 @@ def test_two_processes_find_what_one_finds(fit, tmp_path):
     """Three test streams are shared out 1 : 2."""
     arguments = ["test", *SMALL, NO_SYSTEM_METRICS, "--data.test_batch_size=3", PROBE]
     arguments.append(f"--ckpt_path={fit.run().data.tags['checkpoint.best']}")
-    done = run_process([*PYTHON_M, *arguments, *CPU_PAIR], tmp_path, timeout=200)
-    assert done.returncode == 0, done.stderr
+    arguments.append("--trainer.accelerator=cpu")
+    processes = Run(arguments, tmp_path, 2)
+    assert processes.wait() == [0, 0], processes.output
     pair = Store(tmp_path).run()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(fit.folder)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", fit.uri)
-        main([*arguments, "--trainer.accelerator=cpu"])
+        main(arguments)
     single = fit.newest()
     assert single.data.params["data.test_batch_size"] == "3"
     assert ranks(pair.data.metrics) == ranks(single.data.metrics)

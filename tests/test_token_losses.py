@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from cli_helpers import CPU_PAIR, NO_SYSTEM_METRICS, PYTHON_M, SMALL, Store, run_process
+from cli_helpers import NO_SYSTEM_METRICS, SMALL, Store
+from fork_helpers import Run
 
 from lit_sigsoftmax.cli import main
 from lit_sigsoftmax.recipes.synthetic import SyntheticLanguage
@@ -47,7 +48,7 @@ def test_two_processes_store_the_same(fitted, tmp_path):
     """Their streams are shared out 3 : 4."""
     store, run = fitted
     checkpoint = f"--ckpt_path={run.data.tags['checkpoint.best']}"
-    done = run_process([*PYTHON_M, "test", *ARGUMENTS, checkpoint, *CPU_PAIR], tmp_path)
-    assert done.returncode == 0, done.stderr
+    processes = Run(["test", *ARGUMENTS, checkpoint, "--trainer.accelerator=cpu"], tmp_path, 2)
+    assert processes.wait() == [0, 0], processes.output
     pair = Store(tmp_path)
     np.testing.assert_allclose(losses(pair, pair.run()), losses(store, run), rtol=1e-5)
