@@ -59,8 +59,9 @@ def single(tmp_path_factory):
     return cache(lambda variant: fitted(tmp_path_factory.mktemp("single"), 1, variant))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "processes"), [("float32", 2), ("float32", 4), ("bfloat16", 2), ("accumulation", 4)]
+)
 def test_the_losses_of_several_processes_are_those_of_one(variant, processes, single, tmp_path):
     one = single(variant)
     several = fitted(tmp_path, processes, variant)
