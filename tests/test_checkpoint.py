@@ -254,7 +254,8 @@ def test_a_moved_folder_keeps_its_best_checkpoint(place):
     assert list(best["best_k_models"]) == [best["best_model_path"]] == [str(kept)]
 
 
-def test_a_store_that_is_away_is_no_finished_run(place, capsys):
+def test_a_store_that_is_away_is_no_finished_run(place, capsys, monkeypatch):
+    monkeypatch.setattr("lit_sigsoftmax.tracking._PATIENCE", 0.1)
     store, _ = place
     away = [*AGAIN, "--ckpt_path=last", f"{LOGGER}.tracking_uri=http://127.0.0.1:9"]
     assert "which runs have finished (Connection refused): start it" in refuse(away, capsys)
