@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +18,17 @@ from lit_sigsoftmax.compare.job import Job, close
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*many workers")]
 
 TINY = (*SMALL, NO_SYSTEM_METRICS, "--trainer.limit_train_batches=4")
-# Takes its time while there is a file called slow.
+# Takes its time in training while there is a file called slow.
 SLOW = """
 import time
 from pathlib import Path
 
 
 def log_g(z):
-    time.sleep(0.1 * Path("slow").exists())
+    time.sleep(0.3 * (z.requires_grad and Path("slow").exists()))
     return z
 """
+SLOWLY = (*TINY, "--trainer.max_epochs=3", "--last_checkpoint.every_n_steps=1")
 FAILS = """
 def log_g(z):
     if z.requires_grad:
@@ -123,32 +125,62 @@ def listen():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
-    Path("slow.py").write_text(SLOW)
-    Path("slow").touch()
-    command = ["compare", *TINY, "--activations", "slow.log_g", "softmax", "--study", "stopped"]
-    command.append("--trainer.max_epochs=3")
-    process = subprocess.Popen([*SCRIPT, *command], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-    try:
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+STOPPED = ["compare", *SLOWLY, "--activations", "slow.log_g", "softmax", "--study", "stopped"]
+
+
+@pytest.fixture(scope="module")
+def stopped(workplace):
+    """For each signal, a study that got it in its first run: its store, processes, exit code and last words.
+
+    All at the same time: most of it is the start of processes.
+    """
+    commands = {}
+    for number in SIGNALS:
+        with workplace() as store:
+            Path("slow.py").write_text(SLOW)
+            Path("slow").touch()
+            commands[number] = (
+                store,
+                subprocess.Popen([*SCRIPT, *STOPPED], stderr=subprocess.PIPE, text=True, preexec_fn=listen),
+            )
+
+    def stop(number):
+        store, process = commands[number]
         wait_until(lambda: list(store.folder.rglob("last.ckpt")))
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) > 1
         os.kill(process.pid, number)
         error = process.communicate(timeout=180)[1]
+        return store, family, process.returncode, error
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(SIGNALS, pool.map(stop, SIGNALS), strict=True))
     finally:
-        process.kill()
+        for _, process in commands.values():
+            process.kill()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, stopped, monkeypatch):
+    store, family, code, error = stopped[number]
+    monkeypatch.chdir(store.folder)
+    monkeypatch.syspath_prepend(store.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    assert len(family) > 1
     wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family), 30)
     (begun,) = store.runs("tags.kind = 'fit'")
     log = store.folder / "mlruns" / "logs" / "stopped" / "slow.log_g x1 seed 0.log"
-    if number != signal.SIGKILL:
-        assert process.returncode == 128 + number
+    if number == signal.SIGKILL:
+        assert code == -number
+    else:
+        assert code == 128 + number
         assert error.splitlines()[-1].startswith("interrupted: the same command")
         assert "Traceback" not in error
         assert begun.info.status == "KILLED"
         assert "SIGTERM: stopping after this step, with a checkpoint" in log.read_text()
     Path("slow").unlink()
-    main(command)
+    main(STOPPED)
     runs = store.runs("tags.kind = 'fit'")
     assert sorted(run.data.tags["activation"] for run in runs) == ["slow.log_g", "softmax"]
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -159,8 +191,8 @@ def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(number, store):
 def test_a_run_that_is_stopped_from_outside_has_not_failed(store):
     Path("slow.py").write_text(SLOW)
     Path("slow").touch()
-    command = [*SCRIPT, "compare", *TINY, "--activations", "slow.log_g", "softmax", "--study", "outside"]
-    process = subprocess.Popen([*command, "--trainer.max_epochs=9"], stderr=subprocess.PIPE, text=True)
+    command = [*SCRIPT, "compare", *SLOWLY, "--activations", "slow.log_g", "softmax", "--study", "outside"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: list(store.folder.rglob("last.ckpt")))
         (run,) = [one for one in psutil.Process(process.pid).children(recursive=True) if os.getsid(one.pid) == one.pid]
