@@ -2,6 +2,7 @@
 
 import ctypes
 import http.server
+import json
 import re
 import subprocess
 import sys
@@ -293,22 +294,56 @@ FORBIDDEN = {
 }
 
 
-@pytest.mark.parametrize(("path", "mode", "arguments", "named"), FORBIDDEN.values(), ids=FORBIDDEN)
-def test_what_may_not_be_read_or_written_is_one_line(path, mode, arguments, named, tmp_path):
-    write_text_corpus(tmp_path / "corpus")
-    (tmp_path / "recipe.yaml").write_text("trainer:\n  max_epochs: 1\n")
-    (tmp_path / "store").mkdir()
-    if path.startswith("store/"):
-        (tmp_path / path).touch()
-    (tmp_path / path).chmod(mode)
-    command = [sys.executable, "-m", "lit_sigsoftmax", "fit", *CORPUS, *QUIET, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=_obey_permissions)
-    (tmp_path / path).chmod(0o700)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (done.returncode, len(errors)) == (2, 1), done.stderr
-    assert [name for name in named if name not in errors[0]] == []
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "mlruns").exists()
+# Runs each command line in a fork of its own, in its folder; what it prints goes into err.txt.
+FORKS = """
+import json, os, sys
+import fork_preload
+from lit_sigsoftmax.cli import main
+for folder, words in json.loads(sys.argv[1]):
+    if not os.fork():
+        os.chdir(folder)
+        os.dup2(os.open("err.txt", os.O_WRONLY | os.O_CREAT), 2)
+        try:
+            main(words)
+        except SystemExit as exit_:
+            sys.stderr.flush()
+            os._exit(exit_.code)  # at once: an interpreter's end takes seconds
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def forbidden(tmp_path_factory):
+    """For each case its folder and the exit code of a command that has not the right to do there what it would."""
+    folders = {}
+    for case, (path, mode, _, _) in FORBIDDEN.items():
+        folders[case] = folder = tmp_path_factory.mktemp("forbidden")
+        write_text_corpus(folder / "corpus")
+        (folder / "recipe.yaml").write_text("trainer:\n  max_epochs: 1\n")
+        (folder / "store").mkdir()
+        if path.startswith("store/"):
+            (folder / path).touch()
+        (folder / path).chmod(mode)
+    jobs = [(str(folders[case]), ["fit", *CORPUS, *QUIET, *FORBIDDEN[case][2]]) for case in FORBIDDEN]
+    # A program of its own: the rights are given up when it starts.
+    command = [sys.executable, "-c", FORKS, json.dumps(jobs)]
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run(command, preexec_fn=_obey_permissions, **options)
+    for case, (path, *_) in FORBIDDEN.items():
+        (folders[case] / path).chmod(0o700)
+    return dict(zip(FORBIDDEN, zip(folders.values(), map(int, done.stdout.split()), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", FORBIDDEN)
+def test_what_may_not_be_read_or_written_is_one_line(case, forbidden):
+    folder, code = forbidden[case]
+    printed = (folder / "err.txt").read_text()
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert (code, len(errors)) == (2, 1), printed
+    assert [name for name in FORBIDDEN[case][3] if name not in errors[0]] == []
+    assert "Traceback" not in printed
+    assert not (folder / "mlruns").exists()
 
 
 def _obey_permissions() -> None:
