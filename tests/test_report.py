@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import xml.etree.ElementTree as ET
+from contextlib import redirect_stdout
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -42,6 +44,16 @@ def again(told, monkeypatch):
     return told
 
 
+@pytest.fixture(scope="module")
+def demo(told):
+    """What ``report --study demo`` printed, and the folder that it wrote."""
+    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(StringIO()) as out:
+        monkeypatch.chdir(told.folder)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", told.uri)
+        main(["report", "--study", "demo"])
+    return out.getvalue(), told.folder / "mlruns" / "reports" / "demo"
+
+
 def run_report(capsys, *arguments):
     main(["report", *arguments])
     return capsys.readouterr().out
@@ -62,8 +74,8 @@ def artifacts(store, run):
     return set(walk())
 
 
-def test_what_is_printed(again, capsys):
-    out = run_report(capsys, "--study", "demo")
+def test_what_is_printed(again, demo):
+    out, _ = demo
     study = read_study(again.client, ["demo"])
     table = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in out.splitlines() if line[:1] == "│"]
     assert [line[0] for line in table] == [arm.name for arm in study.arms] == ["sigsoftmax x1", "softmax x1", "relu x1"]
@@ -100,9 +112,8 @@ def test_studies_are_combined(again, capsys):
     assert len(re.findall(r"^Compare: ", out, re.M)) == 2
 
 
-def test_the_page_shows_every_run_and_needs_nothing_else(again, capsys, tmp_path):
-    run_report(capsys, "--study", "demo", "--out", str(tmp_path))
-    page = (tmp_path / "report.html").read_text()
+def test_the_page_shows_every_run_and_needs_nothing_else(again, demo):
+    page = (demo[1] / "report.html").read_text()
     for run in read_study(again.client, ["demo"]).runs:
         assert run.id in page
     for state in ("finished", "diverged", "failed", "running", "tuning"):
@@ -115,14 +126,14 @@ def test_the_page_shows_every_run_and_needs_nothing_else(again, capsys, tmp_path
     assert all(reference.startswith("#") for reference in re.findall(r'href="([^"]*)"', page))
 
 
-def test_an_arm_has_one_colour_throughout(again, capsys, tmp_path):
-    run_report(capsys, "--study", "demo", "--out", str(tmp_path))
+def test_an_arm_has_one_colour_throughout(again, demo):
+    _, folder = demo
     study = read_study(again.client, ["demo"])
     tints = colours(study)
     assert len(set(tints.values())) == len(tints) == 3
-    page = (tmp_path / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert f'background: {tints["sigsoftmax x1"]}"></span>sigsoftmax x1' in page
-    for figure in (tmp_path / "figures").iterdir():
+    for figure in (folder / "figures").iterdir():
         ET.parse(figure)
         assert tints["sigsoftmax x1"].lower() in figure.read_text()
     for run in study.runs:
