@@ -170,7 +170,8 @@ def test_training_times_every_way_by_part(tmp_path):
 
 @pytest.mark.slow
 def test_outage_trains_with_and_without_a_server_and_finds_every_point(tmp_path):
-    recipe = ("--set", "data.max_tokens=30000", "trainer.max_epochs=1")
+    recipe = ("--recipe", "synthetic/lstm.yaml", "--set", "data.n_tokens=30000", "data.vocab_size=20", "data.rank=5")
+    recipe = (*recipe, "model.backbone.hidden_size=8", "trainer.max_epochs=1")  # 42 steps
     output, (result,) = run_benchmark("outage.py", "--repeats=1", *recipe, cwd=tmp_path)
     assert result["seconds"].keys() == {"there", "frozen", "killed"}
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["seconds"].values())

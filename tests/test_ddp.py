@@ -135,7 +135,7 @@ main(sys.argv[1:])
 @pytest.mark.skipif(sys.platform != "linux", reason="the threads' names are those of /proc")
 def test_no_thread_of_the_group_outlives_the_work(tmp_path):
     """One that met the interpreter's end would abort the process, after a whole run."""
-    words = [*FIT, "--trainer.devices=1", "--trainer.strategy=ddp"]
+    words = [*FIT, "--trainer.devices=1", "--trainer.strategy=ddp", "--trainer.limit_train_batches=5"]
     done = run_process([sys.executable, "-c", WITH_THREADS_AT_EXIT, *words], tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "distributed_backend=gloo" in done.stdout + done.stderr
