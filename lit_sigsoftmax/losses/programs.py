@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_sigsoftmax.activations import Activation, derivative_of
 from lit_sigsoftmax.losses.pointwise import scores_of
 
-__all__ = ["Program", "record"]
+__all__ = ["Program", "Recording", "record"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, operations: Sequence[str], logits: Tensor) -> None:
         super().__init__()
         self.operations = {name: number for number, name in enumerate(operations)}
-        self.logits, self.ones = logits, torch.ones_like(logits)
+        self.logits, self.ones = logits, logits.new_ones(()).expand_as(logits)
         self.steps: list[_Step] = []
         self.failed = False
         self._known: dict[int, tuple[Tensor, _Operand]] = {}  # by identity, so the tensors must not go
@@ -181,8 +181,10 @@ class _Recorder(TorchDispatchMode):
             return found[0]
         if name not in self.operations:
             raise _NoProgramError
-        self.steps.append((self.operations[name], found))
-        return len(self.steps)
+        step = self.operations[name], found
+        if step not in self.steps:  # nor is anything computed twice
+            self.steps.append(step)
+        return self.steps.index(step) + 1
 
 
 _CONSTANTS: dict[str, Callable[[dict[str, Any]], Any]] = {
