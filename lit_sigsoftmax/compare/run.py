@@ -183,7 +183,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lit_sigsoftmax.training", "mlflow"])
+    context.set_forkserver_preload(["lit_sigsoftmax.training", "mlflow", "mlflow.store.tracking.sqlalchemy_store"])
     return context
 
 
