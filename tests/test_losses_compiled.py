@@ -155,7 +155,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = {
         "logits": torch.zeros(2, 3),
         "target": torch.zeros(2, dtype=torch.int64),
-        "activation": of("softmax"),
+        "evaluator": of("softmax"),
     }
     with pytest.raises(ValueError, match=message):
         score_and_differentiate(**{**arguments, **change}, differentiate=True)

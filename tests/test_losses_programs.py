@@ -1,6 +1,7 @@
 """Any elementwise function as a program of PyTorch's operations, for the compiled loss."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -220,6 +221,12 @@ def numpys_own(z):
     return z + y
 
 
+def numpys_mask(z):
+    y = torch.zeros_like(z)
+    y.numpy()[z.detach().numpy() < 0] = -np.inf
+    return z + y
+
+
 def other_data(z):
     y = z.clone()
     y.data = torch.tanh(z.detach())
@@ -245,6 +252,7 @@ OTHERWISE = {
     "in place of what others see": aliased,
     "into another": into_another,
     "what PyTorch does not see": numpys_own,
+    "a mask that PyTorch does not see": numpys_mask,
     "other data": other_data,
     "error caught": otherwise_if_that_fails,
     "truth as a number": lambda z: z * torch.full_like(z, 5, dtype=torch.bool),
@@ -529,6 +537,23 @@ def test_anomaly_detection_finds_nothing(calls):
     assert calls == ["rows"]
 
 
+def test_threads_leave_the_process_as_it_was():
+    """What is switched off while a function is recorded is the process's."""
+    function = torch.compile(lambda z: 2 * z, backend=lambda graph, example_inputs: graph.forward)
+    with torch.autograd.set_detect_anomaly(True), ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: evaluator(FUNCTIONS["sigsoftmax"], 10, gradient=True), range(300)))
+        assert torch.is_anomaly_enabled()
+    assert function(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_derivative_of_another_shape_is_no_program(monkeypatch):
+    one = torch.tensor(1.0)
+    monkeypatch.setitem(activations._REGISTRY, "whole", lambda z: z + 0)
+    monkeypatch.setitem(activations._DERIVATIVES, "whole", lambda z: one)
+    assert evaluator(activations._REGISTRY["whole"], 1000, gradient=True) is None
+
+
 def test_hooks_for_saved_tensors_are_no_hindrance(calls):
     def function(z):
         cube = torch.func.grad(lambda x: (x**4 / 4).sum())(z)
@@ -552,14 +577,10 @@ def test_a_masked_type_is_no_loss_of_ignored_tokens(calls, monkeypatch):
     torch.testing.assert_close(loss, plain)
 
 
-def test_traced_by_torchscript(calls):
-    hidden, weight, target = layer()
-    activation = FUNCTIONS["soft cap"]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loss = lambda h: linear_cross_entropy(h, weight, target, activation=activation)  # noqa: E731
-        traced = torch.jit.trace(loss, (hidden,), check_trace=False)
-        torch.testing.assert_close(traced(hidden), loss(hidden))
+def test_nothing_is_recorded_while_torchscript_traces(monkeypatch):
+    """It would follow the recording, too, and crash."""
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert evaluator(FUNCTIONS["soft cap"], 10, gradient=False) is None
 
 
 def test_in_a_compiled_model(calls):

@@ -180,7 +180,7 @@ def test_rounding_is_torchs():
     hidden = torch.zeros(16, 96)
     hidden[:, 0] = 1.0
     target = torch.arange(16) % len(numbers)
-    kwargs = {"row_weight": torch.ones(16), "activation": of("softmax"), "chunk": 16, "wanted": [True, True, False]}
+    kwargs = {"row_weight": torch.ones(16), "evaluator": of("softmax"), "chunk": 16, "wanted": [True, True, False]}
     nll, (of_hidden, _, _) = tiled_losses_and_gradients(hidden, weight, None, target, rounded=True, **kwargs)
     as_torch, (expected, _, _) = tiled_losses_and_gradients(
         hidden, weight.bfloat16(), None, target, rounded=False, **kwargs

@@ -89,12 +89,14 @@ def losses_and_gradients(
         check_targets(target[counted], len(weight))
     target, row_weight = target.where(counted, 0), row_weight.to(layer.precision)
     with torch.autocast(hidden.device.type, enabled=False), _unsaved():
-        found, evaluator = None, _evaluator(layer, tensors, any(wanted))
+        evaluator, given = _evaluator(layer, tensors, any(wanted)), (target, tensors, wanted, row_weight)
         if _sweeps_serve(layer, weight, evaluator):
-            found = _by_sweeps(layer, evaluator, target, tensors, wanted, row_weight)
+            found = _by_sweeps(layer, evaluator, *given) or _by_chunks(layer, None, *given)
         elif evaluator and any(wanted) and (rows := _rows_of_tiles(layer, tensors)):
-            found = _by_tiles(layer, evaluator, rows, target, tensors, wanted, row_weight)
-        nll, gradients = found or _by_chunks(layer, evaluator, target, tensors, wanted, row_weight)
+            found = _by_tiles(layer, evaluator, rows, *given) or _by_chunks(layer, None, *given)
+        else:
+            found = _by_chunks(layer, evaluator, *given)
+        nll, gradients = found
     return nll.where(counted, 0.0), gradients
 
 
@@ -214,7 +216,7 @@ def _by_sweeps(
     wanted: Sequence[bool],
     row_weight: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]] | None:
-    """None where some logits are too far from zero: what has been added up is of no use then."""
+    """None where some logits are too far from zero, or the evaluator is not trusted: what is added up is of no use."""
     hidden, weight, bias, log_prior, *_ = tensors
     assert hidden is not None
     assert weight is not None
@@ -318,7 +320,7 @@ class _Sums:
             loss = triton_backend.score_and_differentiate(logits, target, layer.log_g, gradient)
             return logits, Pointwise(loss)
         if self.way != "general":
-            if outcome := self._near_zero(logits, target, gradient):
+            if outcome := self._unless_general(logits, target, gradient):
                 return logits, outcome
             self.way = "general"  # and so it will be for the next chunks
             logits = linear(rows, self.weight, self.bias).to(layer.precision)
@@ -334,8 +336,8 @@ class _Sums:
         )
         return logits, outcome
 
-    def _near_zero(self, logits: Tensor, target: Tensor, gradient: bool) -> Pointwise | None:
-        """None where logits are so far from zero, or g so unlike, that ``general`` has to do it."""
+    def _unless_general(self, logits: Tensor, target: Tensor, gradient: bool) -> Pointwise | None:
+        """None where logits are too far from zero, or the evaluator is not trusted."""
         if self.evaluator is None:
             return closed_form(logits, target, self.layer.log_g, gradient)
         loss = compiled.score_and_differentiate(logits, target, self.evaluator, gradient)

@@ -41,6 +41,7 @@ __all__ = [
     "available",
     "evaluator",
     "score_and_differentiate",
+    "serves",
     "serves_tiles",
     "tiled_losses_and_gradients",
 ]
@@ -64,7 +65,7 @@ def available() -> bool:
 
 
 def serves(activation: str | None) -> bool:
-    """Whether the activation of this name is compiled; None is a custom one."""
+    """Whether the activation of this name is compiled itself; None is a custom one."""
     return activation is not None and hasattr(_library(), f"rows_{activation}")
 
 
@@ -130,7 +131,7 @@ def evaluator(log_g: Activation, types: int, gradient: bool) -> Evaluator | None
     """Return what takes an activation; None where there is no compiler, or it is no program.
 
     Args:
-        log_g: An activation that holds no tensor with a gradient.
+        log_g: An activation that holds no tensor with a gradient; without ``gradient`` any.
         types: V.
         gradient: Whether its derivative will be wanted.
     """
@@ -153,7 +154,7 @@ def _reproduces(recording: Recording) -> bool:
     return bool(library.reproduces(ctypes.byref(_structure_of(program)), *map(_pointer, rows), count))
 
 
-def score_and_differentiate(logits: Tensor, target: Tensor, activation: Evaluator, differentiate: bool) -> Tensor:
+def score_and_differentiate(logits: Tensor, target: Tensor, evaluator: Evaluator, differentiate: bool) -> Tensor:
     """Turn rows of logits into their negative log-likelihoods and, in place, into gradients.
 
     With ``p`` the distribution of a row and ``y`` its target, one-hot, the row becomes ``(p - y) * d log_g / dz``. Uses
@@ -162,12 +163,13 @@ def score_and_differentiate(logits: Tensor, target: Tensor, activation: Evaluato
     Args:
         logits: Shape (n, V), float32, contiguous, on the CPU. Overwritten if ``differentiate``.
         target: Shape (n,), int64, each below V.
-        activation: What takes the output activation.
+        evaluator: What takes the output activation.
         differentiate: Whether to overwrite ``logits`` with the gradient.
 
     Returns:
         Nats, shape (n,), float32: within float32's rounding of the float64 value. So is the gradient, but
-        that a probability below ``exp(-64)`` of the row's largest counts as 0.
+        that a probability below ``exp(-64)`` of the row's largest counts as 0. A program's scores are float32, and its
+        losses NaN where :meth:`Evaluator.trusts` does not.
 
     Raises:
         ValueError: The tensors are not as described.
@@ -185,7 +187,7 @@ def score_and_differentiate(logits: Tensor, target: Tensor, activation: Evaluato
             )
     check_targets(target, columns)
     nll = logits.new_empty(rows)
-    activation.call(
+    evaluator.call(
         "rows",
         *map(_pointer, (logits, target, nll)),
         ctypes.c_int64(rows),
@@ -202,11 +204,11 @@ class Bands:
 
     Args:
         target: Shape (n,), int64, contiguous, each below V, which is not checked.
-        activation: What takes the output activation.
+        evaluator: What takes the output activation.
     """
 
-    def __init__(self, target: Tensor, activation: Evaluator) -> None:
-        self.target, self.activation = target, activation
+    def __init__(self, target: Tensor, evaluator: Evaluator) -> None:
+        self.target, self.evaluator = target, evaluator
         self.peak = torch.full_like(target, torch.finfo(torch.float32).min, dtype=torch.float32)
         self.sum = torch.zeros_like(target, dtype=torch.float64)  # of g, relative to that of the peak
         self.of_target = torch.zeros_like(self.peak)
@@ -221,8 +223,8 @@ class Bands:
         None where they are not to be trusted (:meth:`Evaluator.trusts`).
         """
         nll, rows = torch.empty_like(self.peak), ctypes.c_int64(len(self.peak))
-        self.activation.call("bands_losses", *map(_pointer, (self.peak, self.sum, self.of_target, nll)), rows)
-        return nll if self.activation.trusts(nll) else None
+        self.evaluator.call("bands_losses", *map(_pointer, (self.peak, self.sum, self.of_target, nll)), rows)
+        return nll if self.evaluator.trusts(nll) else None
 
     def differentiate(self, logits: Tensor, first: int, row_weight: Tensor) -> None:
         """Overwrite a band with the derivatives of the losses' sum weighted by ``row_weight``: (n,), float32."""
@@ -231,7 +233,7 @@ class Bands:
     def _call(self, name: str, *tensors: Tensor, first: int) -> None:
         assert all(tensor.is_contiguous() for tensor in tensors)
         assert tensors[0].dtype == torch.bfloat16
-        self.activation.call(name, *map(_pointer, tensors), *map(ctypes.c_int64, (*tensors[0].shape, first)))
+        self.evaluator.call(name, *map(_pointer, tensors), *map(ctypes.c_int64, (*tensors[0].shape, first)))
 
 
 def serves_tiles(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -251,7 +253,7 @@ def tiled_losses_and_gradients(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor,
-    activation: Evaluator,
+    evaluator: Evaluator,
     *,
     rounded: bool,
     chunk: int,
@@ -268,7 +270,7 @@ def tiled_losses_and_gradients(
         bias: Shape (V,), float32, contiguous, or None.
         target: Shape (n,), int64, contiguous, each below V, which is not checked.
         row_weight: Shape (n,), float32, contiguous.
-        activation: What takes the output activation.
+        evaluator: What takes the output activation.
         rounded: Whether rows and weight are to be rounded to bfloat16.
         chunk: Rows whose logits are held at a time.
         wanted: Whether the gradients of rows, weight and bias are.
@@ -281,7 +283,7 @@ def tiled_losses_and_gradients(
     gradients = [torch.empty_like(t, dtype=torch.float32) if want and t is not None else None for t, want in made]
     if not len(rows):
         return nll, [None if gradient is None else gradient.zero_() for gradient in gradients]
-    activation.call(
+    evaluator.call(
         "tiles",
         _pointer(rows),
         ctypes.c_int(rows.dtype == torch.bfloat16),

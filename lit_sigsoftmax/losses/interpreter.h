@@ -26,7 +26,7 @@ inline float power_of_two(int32_t n) {  // -126 <= n <= 127
 }
 
 inline float exponential(float x) {
-    const float within = x > 90.0f ? 90.0f : x < -110.0f ? -110.0f : x;
+    const float within = x > 90.0f ? 90.0f : x > -110.0f ? x : -110.0f;
     const float shifter = 12582912.0f;
     const float n = (within * 1.44269504f + shifter) - shifter;
     const float r = (within - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -213,6 +213,8 @@ class Machine {
 // What is relative to log g of the row's largest logit need not be small where g decreases. Beyond e^64 it is NaN, and so
 // is the loss, for the caller to see. The target's score is float32 like the others, so that its rounding cancels.
 class Interpreted {
+    static constexpr double kTrusted = kNegligible - 4;  // log of a sum, which a band may have scaled since
+
    public:
     struct At {
         float shift;
@@ -231,7 +233,7 @@ class Interpreted {
     }
     float loss(double total, float peak, float z) {
         const double log_total = std::log(total);
-        if (!(log_total < kNegligible - 4)) return std::numeric_limits<float>::quiet_NaN();
+        if (!(log_total < kTrusted)) return std::numeric_limits<float>::quiet_NaN();
         return static_cast<float>(log_total + (static_cast<double>(at(peak).shift) - score(z)));
     }
 
@@ -254,7 +256,8 @@ class Interpreted {
 
     // The same for types of the vocabulary whose logits for all rows lie side by side.
     void of_lanes(const At* at, float* z, int64_t types, int64_t width, float* sum) {
-        const int64_t lanes = std::min(width, Machine::kSize), step = Machine::kSize / lanes;  // of several types if of all rows
+        const int64_t lanes = std::min(width, Machine::kSize);
+        const int64_t step = Machine::kSize / lanes;  // several types at once, where a block takes all rows
         for (int64_t first = 0; first < types; first += step)
             for (int64_t lane = 0; lane < width; lane += lanes) {
                 const int64_t n = std::min(step, types - first), count = std::min(lanes, width - lane);

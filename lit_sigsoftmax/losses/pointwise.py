@@ -133,16 +133,14 @@ def _block(
     return loss, of_parameters
 
 
-def _traced(
-    log_g: Activation, logits: Tensor, parameters: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor, GradientEdge]:
+def _traced(log_g: Activation, logits: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, GradientEdge]:
     """Return logits that want a gradient, their scores without one, and the graph between them.
 
     The scores' numbers are let go of with them, unless the graph needs them itself.
 
     Args:
         log_g: The output activation.
-        logits: Any shape.
+        logits: Shape (n, V).
         parameters: The tensors that ``log_g`` holds.
 
     Raises:

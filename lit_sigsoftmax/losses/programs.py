@@ -9,12 +9,14 @@ uses may change from step to step, and compared with what came of that row.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import set_detect_anomaly
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_sigsoftmax.activations import Activation, derivative_of
@@ -61,10 +63,10 @@ class Recording(NamedTuple):
 
 
 def record(log_g: Activation, types: int, gradient: bool, operations: Sequence[str]) -> Recording | None:
-    """Return the program of an activation; None where it does anything else, or has no derivative.
+    """Record an activation; None where it does anything else, or has no derivative.
 
     Args:
-        log_g: An activation that holds no tensor with a gradient.
+        log_g: An activation that holds no tensor with a gradient; without ``gradient`` any.
         types: V: it is shown a row of so many logits.
         gradient: Whether the derivative is wanted.
         operations: The names of those that the interpreter knows, in the order of their numbers.
@@ -75,7 +77,7 @@ def record(log_g: Activation, types: int, gradient: bool, operations: Sequence[s
     recorder = _Recorder(operations, logits.requires_grad_(by_autograd))
     try:
         # torch.compile would give up a function for good that it sees under a dispatch mode.
-        with torch.compiler.set_stance("force_eager"), torch.autograd.set_detect_anomaly(False), recorder:
+        with _ONE_AT_A_TIME, torch.compiler.set_stance("force_eager"), set_detect_anomaly(False), recorder:
             with torch.set_grad_enabled(by_autograd):
                 score = slope = scores_of(log_g, logits)
                 steps_to_score = len(recorder.steps)
@@ -86,13 +88,14 @@ def record(log_g: Activation, types: int, gradient: bool, operations: Sequence[s
         results = recorder.operand(score), recorder.operand(slope)
     except Exception:  # the function's own, about these logits, is raised by the next way if it is about others too
         return None
-    if recorder.failed or {score.dtype, slope.dtype} != {torch.float32}:
+    if recorder.failed or {score.dtype, slope.dtype} != {torch.float32} or slope.shape != logits.shape:
         return None
     program = _compact(recorder.steps, steps_to_score, *results)
     return Recording(program, logits.detach(), score.detach(), slope.detach())
 
 
 _FARTHEST = 12.0  # logit of the row: ordinary ones of either sign
+_ONE_AT_A_TIME = threading.RLock()  # stance and anomaly detection are the process's, and put back
 
 
 class _NoProgramError(Exception):
@@ -195,14 +198,10 @@ _CONSTANTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 _POWERS = {1: "same", 2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 _ENDS = {"min": -math.inf, "max": math.inf}
-_TRUTHS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "where"} | {
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_not",
-    "detach",
-    "clone",
-    "alias",
-}  # operations whose result is true or false where their arguments are
+_COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+# Operations whose result may be true or false.
+_TRUTHS = _COMPARISONS | {"logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"}
+_TRUTHS |= {"where", "detach", "clone", "alias"}
 _OTHER_NAMES = {
     "sign": "sgn",
     "bitwise_and": "logical_and",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 __all__ = ["groups", "of_block", "of_chunks", "of_tiles"]
 
-# A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth ...
+# A chunk has about this share of all rows, so that with what the passes over it hold it is within an eighth (but not
+# where a program is not trusted, and the general way takes its chunk) ...
 _SHARES = {"tiles": 8.2, "compiled": 9, "triton": 9, "closed form": 10, "derivative": 12, "general": 12}
 _TILE = 128  # rows that a GPU's product takes at a time
 _ROWS = 192  # ... and no more than this on a processor: the products do not get faster ...
