@@ -23,15 +23,22 @@ inline float exp_polynomial(float r) {
     return p * (r * r) + r + 1.0f;
 }
 
-// e^x for x <= 64 within 1.5 units in the last place, 0 for x < -64. x = n ln 2 + r.
+// x = n ln 2 + r
+struct Reduced {
+    static constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+    float shifted, n, r;
+    explicit Reduced(float x)
+        : shifted(x * 1.44269504f + kShifter),
+          n(shifted - kShifter),
+          r((x - n * 0.693359375f) + n * 2.12194440e-4f) {}
+};
+
+// e^x for x <= 64 within 1.5 units in the last place, 0 for x < -64.
 inline float exp_or_zero(float x) {
-    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
-    const float shifted = x * 1.44269504f + shifter;
-    const float n = shifted - shifter;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = exp_polynomial(r);
+    const Reduced reduced(x);
+    float p = exp_polynomial(reduced.r);
     uint32_t exponent, bits;
-    std::memcpy(&exponent, &shifted, sizeof bits);
+    std::memcpy(&exponent, &reduced.shifted, sizeof bits);
     std::memcpy(&bits, &p, sizeof bits);
     bits += exponent << 23;
     std::memcpy(&p, &bits, sizeof bits);

@@ -117,30 +117,33 @@ void differentiate_band(const Program* program, uint16_t* logits, const int64_t*
 
 }  // namespace
 
-#define SERVE(before, after, ...)                                                                                     \
+#define SERVE(before, after, Evaluator)                                                                               \
     extern "C" void before##rows##after(const Program* program, float* logits, const int64_t* target, float* nll,     \
                                         int64_t rows, int64_t columns, int differentiate, int threads) {              \
-        score_rows<__VA_ARGS__>(program, logits, target, nll, rows, columns, differentiate != 0, threads);            \
+        score_rows<Evaluator>(program, logits, target, nll, rows, columns, differentiate != 0, threads);              \
     }                                                                                                                 \
     extern "C" void before##add_band##after(const Program* program, const uint16_t* logits, const int64_t* target,    \
                                             float* peak, double* sum, float* of_target, int64_t rows,                 \
                                             int64_t columns, int64_t first, int threads) {                            \
-        add_band<__VA_ARGS__>(program, logits, target, peak, sum, of_target, rows, columns, first, threads);          \
+        add_band<Evaluator>(program, logits, target, peak, sum, of_target, rows, columns, first, threads);            \
     }                                                                                                                 \
     extern "C" void before##bands_losses##after(const Program* program, const float* peak, const double* sum,         \
                                                 const float* of_target, float* nll, int64_t rows, int) {              \
-        bands_losses<__VA_ARGS__>(program, peak, sum, of_target, nll, rows);                                          \
+        bands_losses<Evaluator>(program, peak, sum, of_target, nll, rows);                                            \
     }                                                                                                                 \
     extern "C" void before##differentiate_band##after(                                                                \
         const Program* program, uint16_t* logits, const int64_t* target, const float* peak, const double* sum,        \
         const float* row_weight, int64_t rows, int64_t columns, int64_t first, int threads) {                         \
-        differentiate_band<__VA_ARGS__>(program, logits, target, peak, sum, row_weight, rows, columns, first,         \
+        differentiate_band<Evaluator>(program, logits, target, peak, sum, row_weight, rows, columns, first,           \
                                         threads);                                                                     \
     }
 
 FOR_EACH_ACTIVATION(SERVE)
 
-extern "C" const char* operations() { return operation_names(); }
+// The names of the operations, in the order of their numbers.
+#define DO(name, value) #name " "
+extern "C" const char* operations() { return FOR_EACH_OPERATION(DO); }
+#undef DO
 
 // Whether a program makes of some logits what is expected, up to rounding.
 extern "C" int reproduces(const Program* program, const float* logits, const float* score, const float* slope,

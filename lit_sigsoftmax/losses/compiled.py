@@ -88,6 +88,15 @@ class Evaluator:
         program = None if self._structure is None else ctypes.byref(self._structure)
         getattr(_library(), symbol)(program, *arguments, threads)
 
+    def reproduces(self, recording: Recording) -> bool:
+        """Whether its program makes of the row what the function made: it may do more than PyTorch dispatches."""
+        library = _library()
+        assert library is not None
+        assert self._structure is not None
+        rows = [row.contiguous() for row in (recording.logits, recording.score, recording.slope)]
+        count = ctypes.c_int64(rows[0].numel())
+        return bool(library.reproduces(ctypes.byref(self._structure), *map(_pointer, rows), count))
+
     def trusts(self, nll: Tensor) -> bool:
         """Whether the losses that it made are right.
 
@@ -98,7 +107,18 @@ class Evaluator:
 
     @cached_property
     def _structure(self) -> _Program | None:
-        return None if self.program is None else _structure_of(self.program)
+        if (program := self.program) is None:
+            return None
+        return _Program(
+            _pointer(program.steps),
+            _pointer(program.constants),
+            program.steps_to_score,
+            len(program.steps),
+            len(program.constants),
+            program.registers,
+            program.score,
+            program.slope,
+        )
 
 
 class _Program(ctypes.Structure):
@@ -112,19 +132,6 @@ class _Program(ctypes.Structure):
             for name in ("steps_to_score", "steps_to_slope", "constant_count", "register_count", "score", "slope")
         ),
     ]
-
-
-def _structure_of(program: Program) -> _Program:
-    return _Program(
-        _pointer(program.steps),
-        _pointer(program.constants),
-        program.steps_to_score,
-        len(program.steps),
-        len(program.constants),
-        program.registers,
-        program.score,
-        program.slope,
-    )
 
 
 def evaluator(log_g: Activation, types: int, gradient: bool) -> Evaluator | None:
@@ -141,17 +148,10 @@ def evaluator(log_g: Activation, types: int, gradient: bool) -> Evaluator | None
         return Evaluator(log_g)
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return None
-    recording = record(log_g, types, gradient, _operations())
-    return Evaluator(log_g, recording.program) if recording and _reproduces(recording) else None
-
-
-def _reproduces(recording: Recording) -> bool:
-    """Whether the interpreter makes of the row what the function made: it may do more than PyTorch dispatches."""
-    library, (program, *rows) = _library(), recording
-    assert library is not None
-    rows = [row.contiguous() for row in rows]  # to be kept for the call
-    count = ctypes.c_int64(rows[0].numel())
-    return bool(library.reproduces(ctypes.byref(_structure_of(program)), *map(_pointer, rows), count))
+    if (recording := record(log_g, types, gradient, _operations())) is None:
+        return None
+    found = Evaluator(log_g, recording.program)
+    return found if found.reproduces(recording) else None
 
 
 def score_and_differentiate(logits: Tensor, target: Tensor, evaluator: Evaluator, differentiate: bool) -> Tensor:

@@ -27,11 +27,9 @@ inline float power_of_two(int32_t n) {  // -126 <= n <= 127
 
 inline float exponential(float x) {
     const float within = x > 90.0f ? 90.0f : x > -110.0f ? x : -110.0f;
-    const float shifter = 12582912.0f;
-    const float n = (within * 1.44269504f + shifter) - shifter;
-    const float r = (within - n * 0.693359375f) + n * 2.12194440e-4f;
-    const int32_t whole = static_cast<int32_t>(n), half = whole >> 1;
-    return x != x ? x : exp_polynomial(r) * power_of_two(half) * power_of_two(whole - half);
+    const Reduced reduced(within);
+    const int32_t whole = static_cast<int32_t>(reduced.n), half = whole >> 1;
+    return x != x ? x : exp_polynomial(reduced.r) * power_of_two(half) * power_of_two(whole - half);
 }
 
 inline float logarithm(float x) {  // Cephes' polynomial
@@ -288,8 +286,3 @@ class Interpreted {
 };
 
 }  // namespace
-
-// In the order of their numbers.
-#define DO(name, value) #name " "
-inline const char* operation_names() { return FOR_EACH_OPERATION(DO); }
-#undef DO

@@ -302,7 +302,7 @@ void losses_and_gradients(const Program* program, const Layer& layer, const Matr
 
 }  // namespace
 
-#define SERVE(before, after, ...)                                                                                     \
+#define SERVE(before, after, Evaluator)                                                                               \
     extern "C" void before##tiles##after(const Program* program, const void* rows, int rows_bfloat16,                 \
                                          const void* weight, int weight_bfloat16, int rounded, const float* bias,     \
                                          const int64_t* target, const float* row_weight, float* nll, float* of_rows,  \
@@ -310,7 +310,7 @@ void losses_and_gradients(const Program* program, const Layer& layer, const Matr
                                          int64_t vocab_size, int64_t chunk, int threads) {                            \
         const Matrix hidden = {rows, size, rows_bfloat16 != 0, rounded != 0};                                         \
         const Layer layer = {{weight, size, weight_bfloat16 != 0, rounded != 0}, bias, vocab_size, threads};          \
-        losses_and_gradients<__VA_ARGS__>(program, layer, hidden, target, row_weight, count, chunk, nll,              \
+        losses_and_gradients<Evaluator>(program, layer, hidden, target, row_weight, count, chunk, nll,                \
                                           {of_rows, of_weight, of_bias});                                             \
     }
 
