@@ -34,7 +34,6 @@ def bands(request, monkeypatch):
             super().add(logits, first)
 
     monkeypatch.setattr(module, "Bands", Counted)
-    monkeypatch.setattr(chunks, "Bands", closed_forms.Bands)
     if request.param == "derivative":
         monkeypatch.setattr(closed_forms, "_CLOSED_FORMS", {})
     if request.param != "compiled":

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lit_sigsoftmax.activations import Activation
-from lit_sigsoftmax.losses import compiled, sizes, sweeps, triton_backend
-from lit_sigsoftmax.losses.closed_forms import Bands, closed_form, has_closed_form, shares_exponentials
+from lit_sigsoftmax.losses import closed_forms, compiled, sizes, sweeps, triton_backend
+from lit_sigsoftmax.losses.closed_forms import closed_form, has_closed_form, shares_exponentials
 from lit_sigsoftmax.losses.gemm import linear
 from lit_sigsoftmax.losses.pointwise import Penalty, Pointwise, general
 from lit_sigsoftmax.losses.reduction import check_targets, mix
@@ -234,7 +234,7 @@ def _by_sweeps(
         rows, of_expert = hidden[tokens].reshape(-1, size), target[tokens].repeat_interleave(experts)
         of_rows = None if of_hidden is None else of_hidden[tokens].to(layer.precision).view(-1, size)
         sums = [of_rows, of_weight, of_bias]
-        bands = compiled.Bands(of_expert, evaluator) if evaluator else Bands(of_expert, layer.log_g)
+        bands = compiled.Bands(of_expert, evaluator) if evaluator else closed_forms.Bands(of_expert, layer.log_g)
         nll = sweeps.losses_and_gradients(rows, weight, bias, bands, weigh, sums)
         if of_hidden is not None and of_rows is not None:  # the same where it is float32
             of_hidden[tokens] = of_rows.view(-1, experts, size)
